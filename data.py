@@ -344,12 +344,10 @@ def group(triplets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     place = {number: p for p, number in enumerate(prompts)}
     K = max(len(ys) for _, ys in prompts.values())
     T = max(len(x) + len(y) for x, ys in prompts.values() for y in ys)
-    ids = torch.zeros(len(prompts), K, T, dtype=torch.long)
-    mask = torch.zeros(len(prompts), K, T, dtype=torch.bool)
-    for p, (x, ys) in enumerate(prompts.values()):
-        for y, k in ys.items():
-            ids[p, k, :len(x) + len(y)] = torch.tensor((*x, *y))
-            mask[p, k, len(x):len(x) + len(y)] = True
+    rows = [[(x, y) for y in ys] + [((), ())] * (K - len(ys)) for x, ys in prompts.values()]        # K of each prompt
+    ids = torch.tensor([[[*x, *y] + [0] * (T - len(x) - len(y)) for x, y in row] for row in rows])
+    start, end = torch.tensor([[(len(x), len(x) + len(y)) for x, y in row] for row in rows])[..., None].unbind(2)
+    mask = (start <= torch.arange(T)) & (torch.arange(T) < end)
     return (ids, mask, torch.tensor([(place[number], w, l) for number, w, l in pairs]),
             torch.tensor([t["weight"] for t in triplets]))
 

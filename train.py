@@ -10,6 +10,7 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -46,10 +47,10 @@ class Settings:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
-    reviews: int = 40_000           # that pi_ref is fine-tuned on
+    reviews: int = 20_000           # that pi_ref is fine-tuned on
     steps: int = 800                # of fine-tuning
     rows: int = 64                  # reviews in a step of fine-tuning
-    prompts: int = 32_000           # that preferences are collected on; more prompts help more than more passes over them
+    prompts: int = 20_000           # that preferences are collected on; more prompts help more than more passes over them
     completions: int = 4            # the paper's
     batch: int = 64                 # prompts in a step of DPO
     rate: float = 1e-3              # DPO's peak learning rate at beta 1
@@ -109,7 +110,7 @@ def unpack(packed: tuple[Tensor, Tensor]) -> list[list[int]]:
 
 def toy_world(settings: Settings) -> dict:
     """Reviews of the grammar: for pi_ref, for the prompts, and held out."""
-    sizes = settings.reviews, 2 * settings.prompts, 4 * settings.held_out + 500
+    sizes = settings.reviews, settings.prompts + settings.prompts // 4, 4 * settings.held_out + 500
     reviews = data.toy_reviews(sum(sizes), settings.seed)
     tokenizer = data.learn_tokenizer(reviews[:20_000], settings.vocab_size)
     ends = np.cumsum(sizes)
@@ -159,18 +160,14 @@ def fine_tune(pi: GPT, openings: list[list[int]], settings: Settings) -> GPT:
     matrices = [p for p in pi.h.parameters() if p.ndim == 2]
     rest = [p for p in pi.parameters() if not any(p is m for m in matrices)]
     optimizers = (torch.optim.Muon(matrices, lr=0.015, momentum=0.95, weight_decay=0.1),
-                  torch.optim.AdamW(rest, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0))
+                  torch.optim.AdamW(rest, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, warm_then_linear(settings.steps)) for o in optimizers]
 
-    def batches() -> Iterator[list[list[int]]]:
-        while True:                                     # rows of like length share a batch, so that little is padding
-            for some in np.array_split(rng.permutation(len(openings)), max(1, len(openings) // (20 * settings.rows))):
-                some = sorted(some, key=lambda i: len(openings[i]))
-                for rows in rng.permutation(np.arange(0, len(some), settings.rows)):
-                    yield [openings[i] for i in some[rows:rows + settings.rows]]
-    bar = tqdm(zip(range(settings.steps), batches()), total=settings.steps, desc="fine-tuning pi_ref")
-    for step, batch in bar:
-        loss = token_nll(pi, batch)
+    lengths = np.array([len(ids) for ids in openings])
+    batches = (batch for _ in itertools.count() for batch in like_lengths(lengths, settings.rows, rng))
+    bar = tqdm(itertools.islice(batches, settings.steps), total=settings.steps, desc="fine-tuning pi_ref")
+    for step, batch in enumerate(bar):
+        loss = token_nll(pi, [openings[i] for i in batch])
         loss.backward()
         for each in (*optimizers, *schedules):
             each.step()
@@ -178,6 +175,16 @@ def fine_tune(pi: GPT, openings: list[list[int]], settings: Settings) -> GPT:
         if step % 50 == 0:
             bar.set_postfix_str(f"{loss.item():.2f} nats per token")
     return pi
+
+
+def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """One pass over the rows in random batches whose rows are of like length, so that little of them is padding: rows are
+    sorted within random chunks of 20 batches."""
+    for chunk in np.array_split(rng.permutation(len(lengths)), math.ceil(len(lengths) / (20 * size))):
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        batches = np.array_split(chunk, math.ceil(len(chunk) / size))
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
 
 
 def warm_then_linear(steps: int) -> Callable[[int], float]:
@@ -218,17 +225,24 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi_ref at the tokens of the responses, (P, K, T) nats: once, before training."""
     device = pi_ref.wte.weight.device
     with torch.no_grad():
-        return torch.cat([dpo.response_logps(pi_ref, i.flatten(0, 1).to(device), m.flatten(0, 1).to(device)).view(i.shape).cpu()
-                          for i, m in tqdm(list(zip(ids.split(128), mask.split(128))), desc="scoring under pi_ref")])
+        logps = torch.zeros(ids.shape)
+        lengths = (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
+        for rows in tqdm(lengths.argsort().split(128), desc="scoring under pi_ref"):
+            T = int(lengths[rows[-1]])
+            some = dpo.response_logps(pi_ref, *(v[rows, :, :T].flatten(0, 1).to(device) for v in (ids, mask)))
+            logps[rows, :, :T] = some.view(len(rows), -1, T).cpu()
+    return logps
 
 
 def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: Settings) -> tuple[GPT, dict[str, Tensor]]:
     """pi_theta, trained by DPO from pi_ref in one pass over the prompts, and what each step saw. AdamW with a linear decay;
     a large beta asks for small log-ratios, so the rate falls with it."""
     pi_theta = copy.deepcopy(pi_ref)
-    order = torch.randperm(len(preferences.ids), generator=torch.Generator().manual_seed(settings.seed))
-    batches = order.to(preferences.ids.device).split(settings.batch)
-    optimizer = torch.optim.AdamW(pi_theta.parameters(), lr=settings.rate * min(1.0, beta ** -0.5), betas=(0.9, 0.99), weight_decay=0.0)
+    places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
+    lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
+    batches = [torch.from_numpy(batch).to(preferences.ids.device)
+               for batch in like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed))]
+    optimizer = torch.optim.AdamW(pi_theta.parameters(), lr=settings.rate * min(1.0, beta ** -0.5), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_then_linear(len(batches)))
     records = []
     steps = dpo.train(pi_theta, preferences, partial(dpo.dpo, beta=beta), optimizer, batches)
@@ -243,7 +257,7 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: S
 
 # ----------------------------------------------------------------------------- evaluation, and the optimum beside it
 
-BETAS = np.geomspace(20, 0.05, 120)     # where the optimal curve is computed
+BETAS = np.geomspace(20, 0.05, 80)     # where the optimal curve is computed
 
 
 def optimal_curve(r: Tensor) -> dict[str, np.ndarray]:
