@@ -187,7 +187,7 @@ class Sentiment:
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(logit.squeeze(1) + bias, target[rows]).backward()
                 optimizer.step()
-        return cls(weight.detach(), float(bias))
+        return cls(weight.detach(), bias.item())
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:

@@ -1,0 +1,249 @@
+"""A real GPT whose every response can be listed: what holds of probabilities on paper holds of the model that is trained.
+
+Three tokens, one of them the end; a context of four; prompts of one and of two tokens. The model is in float64, and its
+log-probabilities in float32, as the code takes them: sides agree to 1e-5.
+"""
+import copy
+import math
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+
+import data
+import dpo
+from model import sample
+from worlds import (CONTEXT, END, LN_2, PROMPTS, Bigram, V, assert_at_most, assert_same, enumerated, gpt, kl, log_probability,
+                    responses, rows, seeds, standard_errors, uniform)
+
+SINGLE = 1e-5
+
+
+def preferences(pi_ref, r: list[torch.Tensor]) -> dpo.Preferences:
+    """Every ordered pair of responses to every prompt, weighted by its Bradley-Terry probability under r."""
+    triplets = [dict(number=n, prompt_ids=x, chosen_ids=y, rejected_ids=other, weight=torch.sigmoid(r[n][i] - r[n][j]).item())
+                for n, x in enumerate(PROMPTS)
+                for i, y in enumerate(responses(x)) for j, other in enumerate(responses(x)) if i != j]
+    ids, mask, pairs, weight = data.group(triplets)
+    with torch.no_grad():
+        logps = dpo.response_logps(pi_ref, ids.flatten(0, 1), mask.flatten(0, 1)).view(ids.shape)
+    return dpo.Preferences(ids, mask, logps, pairs, weight)
+
+
+# ------------------------------------------------------------------------------------------------------ log pi(y|x)
+
+@pytest.mark.parametrize("x", PROMPTS)
+def test_probabilities_of_all_responses_sum_to_one(x):
+    """y ends with the end token or is cut by the context  =>  sum_y pi(y|x) = 1; the end token counts.  pitfalls 10, 11"""
+    assert_same(enumerated(gpt(0), x).exp().sum(), 1.0, SINGLE)
+
+
+@pytest.mark.parametrize("x", PROMPTS)
+def test_log_probability_obeys_the_chain_rule(x):
+    """log pi(y|x) = sum_t log pi(y_t | x, y_<t), each from a call of its own on what precedes.  pitfalls 1, 2"""
+    pi = gpt(0)
+    assert_same(enumerated(pi, x), torch.stack([log_probability(pi, x, y) for y in responses(x)]), SINGLE)
+
+
+@pytest.mark.parametrize("x", PROMPTS)
+def test_log_probability_of_a_response_is_the_wholes_less_the_prompts(x):
+    """log pi(y|x) = log pi(x, y) - log pi(x), both from their first token on.  pitfall 1"""
+    pi, first, rest = gpt(0), x[:1], x[1:]
+    whole = torch.stack([log_probability(pi, first, rest + y) for y in responses(x)])
+    prompt = log_probability(pi, first, rest) if rest else 0.0
+    assert_same(enumerated(pi, x), whole - prompt, SINGLE)
+
+
+def test_log_probability_of_a_one_token_response_is_that_tokens():
+    """y = (y_1)  =>  log pi(y|x) = log_softmax(logits at the prompt's last token)[y_1].  pitfall 2"""
+    pi = gpt(0)
+    logps = dpo.response_logps(pi, *rows([1, 0], [[0], [1], [END]])).sum(-1)
+    assert_same(logps, pi(torch.tensor([[1, 0]]))[0, -1].log_softmax(-1), SINGLE)
+
+
+def test_tokens_outside_the_mask_score_zero():
+    """Prompt and padding lie outside the mask  =>  their entries are 0, and those inside are log-probabilities.  pitfall 3"""
+    ids, mask = rows([0], responses([0]))
+    logps = dpo.response_logps(gpt(0), ids, mask)
+    assert torch.equal(logps < 0, mask)
+
+
+def test_padding_is_invisible():
+    """More padding, or another token as padding  =>  the same log pi(y|x) and KL.  pitfalls 3, 10"""
+    pi, other, ys = gpt(0, context=CONTEXT + 3), gpt(1, context=CONTEXT + 3), responses([0])
+    batches = [rows([0], ys, length, pad) for length, pad in ((CONTEXT, 0), (CONTEXT + 3, 1), (CONTEXT + 3, END))]
+    sides = [torch.stack((dpo.response_logps(pi, *batch).sum(-1), *dpo.sequence_kl(pi, other, *batch))) for batch in batches]
+    assert_same(sides[1], sides[0], SINGLE)
+    assert_same(sides[2], sides[0], SINGLE)
+
+
+def test_batch_mates_are_invisible():
+    """A row alone, or among others of other lengths and in any order  =>  the same log pi(y|x).  pitfalls 3, 26"""
+    pi, (ids, mask) = gpt(0), rows([0], responses([0]))
+    together = dpo.response_logps(pi, ids.flip(0), mask.flip(0)).flip(0)
+    alone = torch.cat([dpo.response_logps(pi, ids[i:i + 1], mask[i:i + 1]) for i in range(len(ids))])
+    assert_same(together, alone, SINGLE)
+
+
+def test_shared_beginning_of_responses_leaves_the_loss_alone():
+    """y_w and y_l begin alike  =>  L_DPO is the same whether their shared tokens count as prompt or as response.  pitfall 7"""
+    pi, pi_ref, ys = gpt(0), gpt(1), [[END], [1, END]]
+    as_prompt, as_response = rows([0, 1], ys), rows([0], [[1, *y] for y in ys])
+    losses = [dpo.dpo_loss(*(dpo.response_logps(model, *batch).sum(-1)[i] for model in (pi, pi_ref) for i in (0, 1)), 1.0)[0]
+              for batch in (as_prompt, as_response)]
+    assert_same(losses[0], losses[1], SINGLE)
+
+
+def test_only_logits_that_predict_response_tokens_get_gradient():
+    """L = log pi(y|x)  =>  dL / dlogits at t is nonzero iff token t + 1 belongs to y: the prompt's last position among them,
+    the last token's own never.  pitfalls 1, 2, 10"""
+    pi, (ids, mask) = gpt(0), rows([1, 0], responses([1, 0]))
+    seen = []
+    pi.register_forward_hook(lambda module, inputs, logits: (logits.retain_grad(), seen.append(logits)) and None)
+    dpo.response_logps(pi, ids, mask).sum().backward()
+    assert torch.equal(seen[0].grad.abs().sum(-1) > 0, mask[:, 1:])
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+def test_later_tokens_are_invisible():
+    """Token t changes  =>  logits before t stay, and those from t on move.  pitfall 4"""
+    pi, ids = gpt(0), torch.tensor([[0, 1, 0, 1]])
+    logits = pi(ids)
+    for t in range(CONTEXT):
+        changed = ids.clone()
+        changed[0, t] = END
+        moved = (pi(changed) - logits).abs().amax(-1)[0] > 1e-9
+        assert moved.tolist() == [s >= t for s in range(CONTEXT)]
+
+
+def test_cached_logits_are_the_uncached_ones():
+    """Tokens in one call, or one at a time with a cache, or in two pieces  =>  the same logits"""
+    pi, ids = gpt(0), torch.tensor([[0, 1, 1, 0], [1, END, 0, 0]])
+    def pieces(sizes):
+        cache, ends = pi.new_cache(2), [sum(sizes[:i + 1]) for i in range(len(sizes))]
+        return torch.cat([pi(ids[:, end - size:end], cache, end - size) for size, end in zip(sizes, ends)], 1)
+    assert_same(pieces([1, 1, 1, 1]), pi(ids))
+    assert_same(pieces([3, 1]), pi(ids))
+
+
+def test_training_and_evaluation_mode_are_one_function():
+    """No dropout  =>  train() and eval() give the same logits.  pitfall 12"""
+    pi, (ids, _) = gpt(0), rows([0], responses([0]))
+    assert torch.equal(pi.train()(ids), pi.eval()(ids))
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+def test_sampled_frequencies_are_the_enumerated_probabilities():
+    """y ~ pi( . |x) at temperature 1, prompts of two lengths in one batch  =>  the frequency of each y is pi(y|x) within five
+    standard errors.  pitfalls 9, 25, 26"""
+    pi, n = gpt(0), 20_000
+    drawn = sample(pi, PROMPTS * n, END, generator=torch.Generator().manual_seed(0))
+    for i, x in enumerate(PROMPTS):
+        counts = Counter(map(tuple, drawn[i::len(PROMPTS)]))
+        p = enumerated(pi, x).exp()
+        frequency = torch.tensor([counts.pop(tuple(y), 0) / n for y in responses(x)], dtype=torch.float64)
+        assert not counts
+        assert_at_most(standard_errors(frequency, p, (p * (1 - p) / n).sqrt()), 5.0)
+
+
+def test_temperature_flattens_the_next_token():
+    """One token left, temperature T  =>  y_1 is drawn from softmax(logits / T), and at T -> 0 it is the argmax.  pitfall 25"""
+    pi, x, n = gpt(0), [0, 1, 0], 20_000
+    logits = pi(torch.tensor([x]))[0, -1].detach()
+    for temperature in (2.0, 1e-4):
+        drawn = sample(pi, [x] * n, END, temperature, torch.Generator().manual_seed(0))
+        frequency = torch.bincount(torch.tensor(drawn).flatten(), minlength=V).double() / n
+        p = (logits / temperature).softmax(-1)
+        assert_at_most(standard_errors(frequency, p, (p * (1 - p) / n).sqrt()), 5.0)
+
+
+def test_end_token_is_last_or_absent():
+    """A response ends with the end token, once, or fills the context without it; it is never empty.  pitfalls 10, 11, 20"""
+    for x in PROMPTS:
+        for y in sample(gpt(0), [x] * 500, END, generator=torch.Generator().manual_seed(0)):
+            assert y.count(END) == (y[-1] == END) and (y[-1] == END or len(x) + len(y) == CONTEXT)
+
+
+@pytest.mark.parametrize("x", [[], [0] * CONTEXT])
+def test_prompt_that_leaves_no_response_is_refused(x):
+    """len(x) = 0 or the whole context  =>  ValueError, whatever the other prompts.  pitfall 20"""
+    with pytest.raises(ValueError, match=f"1 to {CONTEXT - 1} tokens"):
+        sample(gpt(0), [[0], x], END)
+
+
+# ------------------------------------------------------------------------------------------------------ sequence KL
+
+@pytest.mark.parametrize("x", PROMPTS)
+def test_both_estimates_have_the_sequence_kl_as_their_mean(x):
+    """y ~ pi_theta  =>  E log pi_theta / pi_ref (y|x) = E sum_t KL_t = KL(pi_theta, pi_ref), exactly, as every y is listed.
+    pitfall 25 (nats per response, not per token)"""
+    pi_theta, pi_ref = gpt(0), gpt(1)
+    theta = enumerated(pi_theta, x)
+    estimates = torch.stack(dpo.sequence_kl(pi_theta, pi_ref, *rows(x, responses(x)))).double()
+    assert_same((theta.exp() * estimates).sum(-1), kl(theta, enumerated(pi_ref, x)).expand(2), SINGLE)
+
+
+def test_each_estimate_is_what_it_says():
+    """log pi_theta / pi_ref (y|x); and the sum along y of KL(pi_theta( . |x, y_<t), pi_ref( . |x, y_<t)).  pitfall 22 (no pads)"""
+    pi_theta, pi_ref, x = gpt(0), gpt(1), [1, 0]
+    theta, ref = ((lambda ids: pi(torch.tensor([ids]))[0, -1].log_softmax(-1)) for pi in (pi_theta, pi_ref))
+    full = [sum(kl(theta(x + y[:t]), ref(x + y[:t])) for t in range(len(y))) for y in responses(x)]
+    sides = enumerated(pi_theta, x) - enumerated(pi_ref, x), torch.stack(full)
+    assert_same(torch.stack(dpo.sequence_kl(pi_theta, pi_ref, *rows(x, responses(x)))), torch.stack(sides), SINGLE)
+
+
+def test_sampled_estimates_agree_with_enumeration():
+    """5,000 responses of pi_theta  =>  the mean of either estimate is KL(pi_theta, pi_ref) within five standard errors"""
+    pi_theta, pi_ref, x, n = gpt(0), gpt(1), [0], 5000
+    drawn = sample(pi_theta, [x] * n, END, generator=torch.Generator().manual_seed(0))
+    estimates = torch.stack(dpo.sequence_kl(pi_theta, pi_ref, *rows(x, drawn))).double()
+    truth = kl(enumerated(pi_theta, x), enumerated(pi_ref, x))
+    assert_at_most(standard_errors(estimates.mean(-1), truth, estimates.std(-1) / n ** 0.5), 5.0)
+
+
+@given(seed=seeds)
+def test_second_estimate_is_never_negative(seed):
+    """Any two models, any responses  =>  sum_t KL_t >= 0, and both estimates are 0 of a model with itself"""
+    pi_theta, pi_ref = (Bigram(uniform((V, V), -5.0, 5.0, 2 * seed + i)) for i in (0, 1))
+    batch = rows([0], responses([0]))
+    assert_at_most(0.0, dpo.sequence_kl(pi_theta, pi_ref, *batch)[1], SINGLE)
+    assert_same(torch.stack(dpo.sequence_kl(pi_theta, pi_theta, *batch)), torch.zeros(2, len(batch[0])), SINGLE)
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+def test_dpo_trains_a_gpt_to_the_optimal_policy():
+    """Population labels from r  =>  dpo.train takes pi_theta from pi_ref to pi_r, KL(pi_r, pi_theta) < 1e-4, on responses of
+    unequal lengths, to each prompt; its first loss is ln 2.  Eq. 7 and Eq. 4; pitfalls 5, 13"""
+    pi_ref, beta, steps = gpt(0), 1.0, 200
+    r = [uniform((len(responses(x)),), -2.0, 2.0, n) for n, x in enumerate(PROMPTS)]
+    pi_theta = copy.deepcopy(pi_ref)
+    optimizer = torch.optim.Adam(pi_theta.parameters(), lr=0.015, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    batches = [torch.arange(len(PROMPTS))] * steps
+    records = []
+    for record in dpo.train(pi_theta, preferences(pi_ref, r), partial(dpo.dpo, beta=beta), optimizer, batches):
+        schedule.step()
+        records.append(record)
+    assert_same(records[0]["loss"], LN_2, SINGLE)
+    for x, reward in zip(PROMPTS, r):
+        pi_r, _ = dpo.optimal_policy(enumerated(pi_ref, x), reward, beta)
+        assert kl(pi_r, enumerated(pi_ref, x)) > 0.1 and kl(pi_r, enumerated(pi_theta, x)) < 1e-4
+
+
+def test_optimal_policy_is_a_fixed_point_of_training():
+    """pi_theta = pi_r under population labels  =>  the gradient of L_DPO is 0: here pi_theta is left as it is and the
+    reference is pi_theta tilted back, log pi_ref = log pi_theta - r / beta + log Z.  Eq. 7 and Eq. 5"""
+    pi, beta = gpt(0), 0.5
+    r = [uniform((len(responses(x)),), -2.0, 2.0, n) for n, x in enumerate(PROMPTS)]
+    batch = preferences(pi, r)
+    back = torch.nn.utils.rnn.pad_sequence([dpo.optimal_policy(enumerated(pi, x), -v, beta)[0] for x, v in zip(PROMPTS, r)], True)
+    last = torch.zeros_like(batch.pi_ref)
+    last[..., -1] = back
+    batch = dpo.Preferences(batch.ids, batch.mask, last, batch.pairs, batch.weight)
+    record, = dpo.train(pi, batch, partial(dpo.dpo, beta=beta), torch.optim.SGD(pi.parameters(), lr=0.0), [torch.arange(2)])
+    assert record["grad_norm"] < SINGLE and record["loss"] < math.log(2)

@@ -1,0 +1,209 @@
+"""train.py: the whole experiment, tiny, through the command line; its stages; its evaluation's arithmetic."""
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import dpo
+import train
+from model import GPT, GPTConfig
+
+ROOT = Path(train.__file__).parent
+TINY = "--reviews 400 --steps 15 --prompts 40 --held-out 6 --samples 128 --batch 8".split()
+FIELDS = """method beta seed reward reward_se kl kl_se kl_median kl_p99 win_rate pair_accuracy pair_accuracy_ceiling
+            reward_slope reward_r2 length optimal_reward optimal_kl fraction_of_optimal regret""".split()
+
+
+def command(*args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    done = command(*TINY, "--beta", 0.5, 2, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert "KL falls as beta rises" in done.stdout
+    return folder
+
+
+def made(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
+
+
+def test_the_experiment_writes_all_that_it_promises(out):
+    results = json.loads((out / "results.json").read_text())
+    assert {"config", "seconds", "reference", "frontier", "points"} <= set(results)
+    assert [p["beta"] for p in results["points"]] == [0.5, 2.0]
+    for point in results["points"]:
+        assert set(FIELDS) <= set(point)
+        assert 0 <= point["win_rate"] <= 1 and point["kl"] > 0 and point["kl_p99"] >= point["kl_median"]
+    assert results["seconds"].keys() >= {"world", "reference", "completions", "triplets", "dpo-0.5", "evaluation-2"}
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert "pi_ref" in (out / "samples.txt").read_text() and "beta 0.5" in (out / "samples.txt").read_text()
+    assert not list(out.glob("*.part"))
+
+
+def test_triplets_of_a_run_are_its_samples_and_its_rewards(out):
+    triplets = data.read_triplets(out / "triplets.jsonl")
+    tokens = torch.load(out / "world.pt", weights_only=True)["tokens"]
+    tokenizer = data.tokenizer_of(tokens)
+    for t in triplets:
+        for name in ("chosen", "rejected"):
+            assert t[name] == data.text_of(t[name + "_ids"], tokenizer)
+            assert t["reward_" + name] == pytest.approx(data.toy_reward([t["prompt"] + t[name]]).item())
+    assert len({t["number"] for t in triplets}) <= 40 and len(triplets) <= 6 * 40
+
+
+def test_run_again_nothing_is_made_again_and_the_results_are_the_same(out):
+    before, results = made(out), json.loads((out / "results.json").read_text())
+    assert train.main([*TINY, "--beta", "0.5", "2", "--out", str(out)]) == 0
+    assert made(out) == before and json.loads((out / "results.json").read_text()) == results
+
+
+def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(out, tmp_path):
+    before = made(out)
+    assert train.main([*TINY, "--beta", "0.5", "1", "--rate", "2e-3", "--out", str(out)]) == 0
+    changed = {name for name, when in made(out).items() if before.get(name) != when}
+    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.pt", "evaluation-1.pt"}
+
+
+def test_the_same_seed_gives_the_same_results(out, tmp_path):
+    for name in ("one", "two"):
+        assert train.main([*TINY, "--beta", "1", "--out", str(tmp_path / name)]) == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one | {"seconds": 0} == two | {"seconds": 0}
+
+
+def test_show_prints_one_triplet_with_its_mask(out, tmp_path, capsys):
+    assert train.main([*TINY, "--show", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "chosen" in printed and "rejected" in printed and "[" in printed
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("labels", ["soft", "argmax"])
+def test_other_labels_run_and_only_drawn_ones_predict_a_place(labels, tmp_path):
+    assert train.main([*TINY, "--labels", labels, "--beta", "1", "--out", str(tmp_path)]) == 0
+    point, = json.loads((tmp_path / "results.json").read_text())["points"]
+    assert (point["optimal_kl"] is None) or labels == "soft"
+    assert point["pair_accuracy_ceiling"] == 1.0 or labels == "soft"
+
+
+# --------------------------------------------------------------------------------------------- IMDb, in its real layout
+
+def small_imdb(path: Path) -> Path:
+    """An archive of 600 reviews in the layout of the real one, written by the grammar and labelled by the true reward."""
+    reviews = data.toy_reviews(900, 5)
+    with tarfile.open(path, "w:gz") as tar:
+        for i, (text, r) in enumerate(zip(reviews, data.toy_reward(reviews).tolist())):
+            label = "unsup" if i >= 600 else "pos" if r > 0 else "neg"
+            info = tarfile.TarInfo(f"aclImdb/{'test' if i % 2 and i < 600 else 'train'}/{label}/{i}_{9 if r > 0 else 2}.txt")
+            content = (text.capitalize() + "<br /><br />" + text).encode()
+            info.size = len(content)
+            tar.addfile(info, BytesIO(content))
+    return path
+
+
+def test_imdb_runs_from_an_archive_in_the_real_layout(tmp_path, capsys):
+    path = small_imdb(tmp_path / "small.tar.gz")
+    argv = ["--data", "imdb", "--imdb", str(path), "--beta", "1", "--out", str(tmp_path / "out")]
+    assert train.main(argv + "--steps 5 --prompts 12 --held-out 4 --samples 64 --batch 6".split()) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"whole", "words_20"} <= set(results["classifier"])
+    assert results["points"][0]["judge_reward"] is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "small.tar.gz"]
+    assert train.main([*argv, "--held-out", "5000"]) == 2 and "too few reviews" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags", ["--unknown 1", "--beta 0", "--beta nan", "--beta -1", "--prompts 0", "--labels best",
+                                   "--data nowhere", "--data imdb --imdb nowhere.tar.gz", "--rate inf", "--seed x",
+                                   "--device abacus"])
+def test_bad_input_is_one_clear_line_and_exit_code_2(flags, tmp_path, capsys):
+    try:
+        code = train.main([*flags.split(), "--out", str(tmp_path)])
+    except SystemExit as e:         # argparse's way
+        code = e.code
+    assert code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("train.py: ") and "Traceback" not in last
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_an_interrupted_run_says_so_and_keeps_its_stages(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "fine_tune", interrupt)
+    assert train.main([*TINY, "--out", str(tmp_path)]) == 130
+    assert (tmp_path / "world.pt").exists() and "run again" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- pieces
+
+def test_like_lengths_is_one_pass_over_all_rows():
+    lengths = np.random.default_rng(0).integers(1, 40, 1003)
+    batches = list(train.like_lengths(lengths, 16, np.random.default_rng(1)))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
+    assert max(map(len, batches)) <= 16
+    assert np.mean([np.ptp(lengths[b]) for b in batches]) < 5 < np.ptp(lengths[:16])
+
+
+def test_packing_is_undone_by_unpacking():
+    lists = [[1, 2, 3], [], [4]]
+    assert train.unpack(train.pack(lists)) == lists
+
+
+def test_fine_tuning_lowers_the_loss_from_the_uniform_one():
+    settings = train.Settings(steps=150, rows=16)
+    tokenizer = data.learn_tokenizer(data.toy_reviews(500, 0), 400)
+    openings = data.openings(data.toy_reviews(500, 0), tokenizer, 24)
+    torch.manual_seed(0)
+    pi = train.fine_tune(GPT(GPTConfig(tokenizer.n_vocab, 24, 1, 2, 32)), openings, settings)
+    unseen = data.openings(data.toy_reviews(100, 9), tokenizer, 24)
+    assert train.token_nll(pi, unseen).item() < 0.5 * math.log(tokenizer.n_vocab)
+
+
+def test_token_nll_is_the_mean_over_tokens_and_ignores_padding():
+    """Pitfall 21: a mean over tokens, not over sequences."""
+    torch.manual_seed(0)
+    pi = GPT(GPTConfig(7, 8, 1, 1, 8)).double()
+    long, short = [1, 2, 3, 4, 5], [6, 1]
+    nats = [train.token_nll(pi, [ids], "sum") for ids in (long, short)]
+    torch.testing.assert_close(train.token_nll(pi, [long, short]), sum(nats) / 5, rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_reward_at_no_kl_is_a_fraction_above_one_and_none_beyond_trust():
+    r = torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
+    curve, ref = train.optimal_curve(r), r.double().mean(1).numpy()
+    fraction = lambda gain, kl: train.fraction_of_optimal(curve, ref, ref + gain, np.full(20, kl))[0]
+    at = int(np.argmin(np.abs(train.BETAS - 2)))
+    gain, kl = curve["reward"][at].mean() - ref.mean(), curve["kl"][at].mean()
+    assert fraction(gain, kl) == pytest.approx(1) and fraction(gain / 2, kl) == pytest.approx(0.5)
+    assert fraction(2 * gain, kl) == pytest.approx(2)
+    assert fraction(gain, 8.0) is None
+    assert curve["trusted"][0] and not curve["trusted"][-1]
+
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    r = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
+    from itertools import combinations
+    for n in (1, 2, 3, 4):
+        expected = np.mean([max(c) for c in combinations(r[0].tolist(), n)])
+        assert train.best_of_n(r, n) == pytest.approx(expected)
+
+
+def test_standard_errors_count_prompts_not_samples():
+    values = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+    assert train.mean_se(values) == (2.0, pytest.approx(1.0))
