@@ -212,43 +212,45 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
     if vocab_size < 257:
         raise BadInput(f"a vocabulary of {vocab_size} is smaller than the 256 bytes and the end token: give at least 257")
     counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
-    words = [[bytes([b]) for b in word.encode()] for word in counts]
-    times = list(counts.values())
-    pairs, where = Counter(), defaultdict(set)      # how often a pair occurs, and in which words
+    words, times = [list(word.encode()) for word in counts], list(counts.values())      # a word is a list of token ids
+    tokens = [bytes([b]) for b in range(256)]
+    ids = {token: i for i, token in enumerate(tokens)}
+    pairs, where = Counter(), defaultdict(set)          # how often a pair occurs, and in which words
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += times[i]
             where[pair].add(i)
     heap = [(-n, pair) for pair, n in pairs.items()]
     heapq.heapify(heap)
-    ranks = {bytes([b]): b for b in range(256)}
-    while heap and len(ranks) < vocab_size - 1:
+    while heap and len(tokens) < vocab_size - 1:
         n, pair = heapq.heappop(heap)
         if -n != pairs[pair]:
             if pairs[pair] > 0:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
-        joined = pair[0] + pair[1]
-        ranks.setdefault(joined, len(ranks))
-        changed = set()
+        a, b = pair
+        if (joined := tokens[a] + tokens[b]) not in ids:
+            ids[joined] = len(tokens)
+            tokens.append(joined)
+        c, born = ids[joined], set()
         for i in where.pop(pair):
-            old, new, k = words[i], [], 0
-            while k < len(old):
-                hit = tuple(old[k:k + 2]) == pair
-                new.append(joined if hit else old[k])
-                k += 2 if hit else 1
-            for before in zip(old, old[1:]):
-                pairs[before] -= times[i]
-            for after in zip(new, new[1:]):
-                pairs[after] += times[i]
-                where[after].add(i)
-                if joined in after:
-                    changed.add(after)
-            words[i] = new
-        for after in changed:
-            heapq.heappush(heap, (-pairs[after], after))
-        pairs.pop(pair)
-    return tokenizer_of(list(ranks))
+            word, k = words[i], 0
+            while k < len(word) - 1:
+                if word[k] == a and word[k + 1] == b:
+                    left = [((y, a), (y, c)) for y in word[max(0, k - 1):k]]          # the pairs that end and begin here
+                    right = [((b, y), (c, y)) for y in word[k + 2:k + 3]]
+                    for before, after in left + right:
+                        pairs[before] -= times[i]
+                        pairs[after] += times[i]
+                        where[after].add(i)
+                        born.add(after)
+                    word[k:k + 2] = [c]
+                k += 1
+        del pairs[pair]
+        for pair in born:
+            if pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], pair))
+    return tokenizer_of(tokens)
 
 
 def tokenizer_of(tokens: list[bytes]) -> tiktoken.Encoding:

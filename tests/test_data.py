@@ -135,14 +135,14 @@ def test_every_byte_string_has_ids(content):
 
 
 def plain_bpe(texts: list[str], vocab_size: int) -> list[bytes]:
-    """The definition, slowly: count every pair anew, join the most frequent (then smallest), again."""
+    """The definition, slowly: count every pair anew, join the most frequent (of equals, the oldest tokens), again."""
     words = [[bytes([b]) for b in w.encode()] for t in texts for w in data.re.findall(data.PATTERN, t)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size - 1:
         counts = data.Counter(pair for w in words for pair in zip(w, w[1:]))
         if not counts:
             break
-        a, b = min(counts, key=lambda pair: (-counts[pair], pair))
+        a, b = min(counts, key=lambda pair: (-counts[pair], *map(tokens.index, pair)))
         if a + b not in tokens:
             tokens.append(a + b)
         for k, w in enumerate(words):

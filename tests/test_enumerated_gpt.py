@@ -1,7 +1,8 @@
-"""A real GPT whose every response can be listed: what holds of probabilities on paper holds of the model that is trained.
+"""A real GPT whose every response can be listed: what holds of probabilities on paper holds of the model that is
+trained.
 
-Three tokens, one of them the end; a context of four; prompts of one and of two tokens. The model is in float64, and its
-log-probabilities in float32, as the code takes them: sides agree to 1e-5.
+Three tokens, one of them the end; a context of four; prompts of one and of two tokens. The model is in float64, and
+its log-probabilities in float32, as the code takes them: sides agree to 1e-5.
 """
 import copy
 import math
@@ -12,31 +13,27 @@ import pytest
 import torch
 from hypothesis import given
 
-import data
 import dpo
 from model import sample
-from worlds import (CONTEXT, END, LN_2, PROMPTS, Bigram, V, assert_at_most, assert_same, enumerated, gpt, kl, log_probability,
-                    responses, rows, seeds, standard_errors, uniform)
+from worlds import (CONTEXT, END, LN_2, PROMPTS, Bigram, V, assert_at_most, assert_same, enumerated, gpt, kl, 
+                    log_probability, next_token, preferences, responses, rows, seeds, standard_errors, uniform)
 
 SINGLE = 1e-5
 
 
-def preferences(pi_ref, r: list[torch.Tensor]) -> dpo.Preferences:
+def population(pi_ref, r: list[torch.Tensor]) -> dpo.Preferences:
     """Every ordered pair of responses to every prompt, weighted by its Bradley-Terry probability under r."""
-    triplets = [dict(number=n, prompt_ids=x, chosen_ids=y, rejected_ids=other, weight=torch.sigmoid(r[n][i] - r[n][j]).item())
-                for n, x in enumerate(PROMPTS)
-                for i, y in enumerate(responses(x)) for j, other in enumerate(responses(x)) if i != j]
-    ids, mask, pairs, weight = data.group(triplets)
-    with torch.no_grad():
-        logps = dpo.response_logps(pi_ref, ids.flatten(0, 1), mask.flatten(0, 1)).view(ids.shape)
-    return dpo.Preferences(ids, mask, logps, pairs, weight)
+    return preferences([
+        dict(number=n, prompt_ids=x, chosen_ids=y, rejected_ids=other, weight=torch.sigmoid(r[n][i] - r[n][j]).item())
+        for n, x in enumerate(PROMPTS)
+        for i, y in enumerate(responses(x)) for j, other in enumerate(responses(x)) if i != j], pi_ref)
 
 
-# ------------------------------------------------------------------------------------------------------ log pi(y|x)
+# ---------------------------------------------------------------------------------------------- log pi(y|x)
 
 @pytest.mark.parametrize("x", PROMPTS)
 def test_probabilities_of_all_responses_sum_to_one(x):
-    """y ends with the end token or is cut by the context  =>  sum_y pi(y|x) = 1; the end token counts.  pitfalls 10, 11"""
+    """y ends with the end token or is cut by the context => sum_y pi(y|x) = 1; the end token counts. pitfalls 10, 11"""
     assert_same(enumerated(gpt(0), x).exp().sum(), 1.0, SINGLE)
 
 
@@ -60,11 +57,12 @@ def test_log_probability_of_a_one_token_response_is_that_tokens():
     """y = (y_1)  =>  log pi(y|x) = log_softmax(logits at the prompt's last token)[y_1].  pitfall 2"""
     pi = gpt(0)
     logps = dpo.response_logps(pi, *rows([1, 0], [[0], [1], [END]])).sum(-1)
-    assert_same(logps, pi(torch.tensor([[1, 0]]))[0, -1].log_softmax(-1), SINGLE)
+    assert_same(logps, next_token(pi, [1, 0]), SINGLE)
 
 
 def test_tokens_outside_the_mask_score_zero():
-    """Prompt and padding lie outside the mask  =>  their entries are 0, and those inside are log-probabilities.  pitfall 3"""
+    """Prompt and padding lie outside the mask => their entries are 0, and those inside are log-probabilities.
+    pitfall 3"""
     ids, mask = rows([0], responses([0]))
     logps = dpo.response_logps(gpt(0), ids, mask)
     assert torch.equal(logps < 0, mask)
@@ -74,7 +72,8 @@ def test_padding_is_invisible():
     """More padding, or another token as padding  =>  the same log pi(y|x) and KL.  pitfalls 3, 10"""
     pi, other, ys = gpt(0, context=CONTEXT + 3), gpt(1, context=CONTEXT + 3), responses([0])
     batches = [rows([0], ys, length, pad) for length, pad in ((CONTEXT, 0), (CONTEXT + 3, 1), (CONTEXT + 3, END))]
-    sides = [torch.stack((dpo.response_logps(pi, *batch).sum(-1), *dpo.sequence_kl(pi, other, *batch))) for batch in batches]
+    sides = [torch.stack((dpo.response_logps(pi, *batch).sum(-1), *dpo.sequence_kl(pi, other, *batch)))
+             for batch in batches]
     assert_same(sides[1], sides[0], SINGLE)
     assert_same(sides[2], sides[0], SINGLE)
 
@@ -88,17 +87,20 @@ def test_batch_mates_are_invisible():
 
 
 def test_shared_beginning_of_responses_leaves_the_loss_alone():
-    """y_w and y_l begin alike  =>  L_DPO is the same whether their shared tokens count as prompt or as response.  pitfall 7"""
+    """y_w and y_l begin alike => L_DPO is the same whether their shared tokens count as prompt or as response.
+    pitfall 7"""
     pi, pi_ref, ys = gpt(0), gpt(1), [[END], [1, END]]
     as_prompt, as_response = rows([0, 1], ys), rows([0], [[1, *y] for y in ys])
-    losses = [dpo.dpo_loss(*(dpo.response_logps(model, *batch).sum(-1)[i] for model in (pi, pi_ref) for i in (0, 1)), 1.0)[0]
-              for batch in (as_prompt, as_response)]
-    assert_same(losses[0], losses[1], SINGLE)
+
+    def loss(batch):
+        theta, ref = (dpo.response_logps(model, *batch).sum(-1) for model in (pi, pi_ref))
+        return dpo.dpo_loss(theta[0], theta[1], ref[0], ref[1], 1.0)[0]
+    assert_same(loss(as_prompt), loss(as_response), SINGLE)
 
 
 def test_only_logits_that_predict_response_tokens_get_gradient():
-    """L = log pi(y|x)  =>  dL / dlogits at t is nonzero iff token t + 1 belongs to y: the prompt's last position among them,
-    the last token's own never.  pitfalls 1, 2, 10"""
+    """L = log pi(y|x) => dL / dlogits at t is nonzero iff token t + 1 belongs to y: the prompt's last position among
+    them, the last token's own never. pitfalls 1, 2, 10"""
     pi, (ids, mask) = gpt(0), rows([1, 0], responses([1, 0]))
     seen = []
     pi.register_forward_hook(lambda module, inputs, logits: (logits.retain_grad(), seen.append(logits)) and None)
@@ -106,7 +108,7 @@ def test_only_logits_that_predict_response_tokens_get_gradient():
     assert torch.equal(seen[0].grad.abs().sum(-1) > 0, mask[:, 1:])
 
 
-# ------------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------------- the model
 
 def test_later_tokens_are_invisible():
     """Token t changes  =>  logits before t stay, and those from t on move.  pitfall 4"""
@@ -135,11 +137,11 @@ def test_training_and_evaluation_mode_are_one_function():
     assert torch.equal(pi.train()(ids), pi.eval()(ids))
 
 
-# ------------------------------------------------------------------------------------------------------ sampling
+# ---------------------------------------------------------------------------------------------- sampling
 
 def test_sampled_frequencies_are_the_enumerated_probabilities():
-    """y ~ pi( . |x) at temperature 1, prompts of two lengths in one batch  =>  the frequency of each y is pi(y|x) within five
-    standard errors.  pitfalls 9, 25, 26"""
+    """y ~ pi( . |x) at temperature 1, prompts of two lengths in one batch => the frequency of each y is pi(y|x)
+    within five standard errors. pitfalls 9, 25, 26"""
     pi, n = gpt(0), 20_000
     drawn = sample(pi, PROMPTS * n, END, generator=torch.Generator().manual_seed(0))
     for i, x in enumerate(PROMPTS):
@@ -151,7 +153,8 @@ def test_sampled_frequencies_are_the_enumerated_probabilities():
 
 
 def test_temperature_flattens_the_next_token():
-    """One token left, temperature T  =>  y_1 is drawn from softmax(logits / T), and at T -> 0 it is the argmax.  pitfall 25"""
+    """One token left, temperature T => y_1 is drawn from softmax(logits / T), and at T -> 0 it is the argmax.
+    pitfall 25"""
     pi, x, n = gpt(0), [0, 1, 0], 20_000
     logits = pi(torch.tensor([x]))[0, -1].detach()
     for temperature in (2.0, 1e-4):
@@ -162,9 +165,11 @@ def test_temperature_flattens_the_next_token():
 
 
 def test_end_token_is_last_or_absent():
-    """A response ends with the end token, once, or fills the context without it; it is never empty.  pitfalls 10, 11, 20"""
-    for x in PROMPTS:
-        for y in sample(gpt(0), [x] * 500, END, generator=torch.Generator().manual_seed(0)):
+    """A response ends with the end token, once, or fills the context without it; it is never empty. pitfalls 10, 11,
+    20"""
+    pi, generator = gpt(0), torch.Generator().manual_seed(0)
+    for x in PROMPTS * 20:
+        for y in sample(pi, [x] * 3, END, generator=generator):
             assert y.count(END) == (y[-1] == END) and (y[-1] == END or len(x) + len(y) == CONTEXT)
 
 
@@ -175,12 +180,12 @@ def test_prompt_that_leaves_no_response_is_refused(x):
         sample(gpt(0), [[0], x], END)
 
 
-# ------------------------------------------------------------------------------------------------------ sequence KL
+# ---------------------------------------------------------------------------------------------- sequence KL
 
 @pytest.mark.parametrize("x", PROMPTS)
 def test_both_estimates_have_the_sequence_kl_as_their_mean(x):
-    """y ~ pi_theta  =>  E log pi_theta / pi_ref (y|x) = E sum_t KL_t = KL(pi_theta, pi_ref), exactly, as every y is listed.
-    pitfall 25 (nats per response, not per token)"""
+    """y ~ pi_theta => E log pi_theta / pi_ref (y|x) = E sum_t KL_t = KL(pi_theta, pi_ref), exactly, as every y is
+    listed. pitfall 25 (nats per response, not per token)"""
     pi_theta, pi_ref = gpt(0), gpt(1)
     theta = enumerated(pi_theta, x)
     estimates = torch.stack(dpo.sequence_kl(pi_theta, pi_ref, *rows(x, responses(x)))).double()
@@ -188,16 +193,17 @@ def test_both_estimates_have_the_sequence_kl_as_their_mean(x):
 
 
 def test_each_estimate_is_what_it_says():
-    """log pi_theta / pi_ref (y|x); and the sum along y of KL(pi_theta( . |x, y_<t), pi_ref( . |x, y_<t)).  pitfall 22 (no pads)"""
+    """log pi_theta / pi_ref (y|x); and the sum along y of KL(pi_theta( . |x, y_<t), pi_ref( . |x, y_<t)). pitfall 22
+    (no pads)"""
     pi_theta, pi_ref, x = gpt(0), gpt(1), [1, 0]
-    theta, ref = ((lambda ids: pi(torch.tensor([ids]))[0, -1].log_softmax(-1)) for pi in (pi_theta, pi_ref))
-    full = [sum(kl(theta(x + y[:t]), ref(x + y[:t])) for t in range(len(y))) for y in responses(x)]
+    full = [sum(kl(next_token(pi_theta, x + y[:t]), next_token(pi_ref, x + y[:t])) for t in range(len(y)))
+            for y in responses(x)]
     sides = enumerated(pi_theta, x) - enumerated(pi_ref, x), torch.stack(full)
     assert_same(torch.stack(dpo.sequence_kl(pi_theta, pi_ref, *rows(x, responses(x)))), torch.stack(sides), SINGLE)
 
 
 def test_sampled_estimates_agree_with_enumeration():
-    """5,000 responses of pi_theta  =>  the mean of either estimate is KL(pi_theta, pi_ref) within five standard errors"""
+    """5,000 responses of pi_theta => the mean of either estimate is KL(pi_theta, pi_ref) within five standard errors"""
     pi_theta, pi_ref, x, n = gpt(0), gpt(1), [0], 5000
     drawn = sample(pi_theta, [x] * n, END, generator=torch.Generator().manual_seed(0))
     estimates = torch.stack(dpo.sequence_kl(pi_theta, pi_ref, *rows(x, drawn))).double()
@@ -214,11 +220,11 @@ def test_second_estimate_is_never_negative(seed):
     assert_same(torch.stack(dpo.sequence_kl(pi_theta, pi_theta, *batch)), torch.zeros(2, len(batch[0])), SINGLE)
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------------- training
 
 def test_dpo_trains_a_gpt_to_the_optimal_policy():
-    """Population labels from r  =>  dpo.train takes pi_theta from pi_ref to pi_r, KL(pi_r, pi_theta) < 1e-4, on responses of
-    unequal lengths, to each prompt; its first loss is ln 2.  Eq. 7 and Eq. 4; pitfalls 5, 13"""
+    """Population labels from r => dpo.train takes pi_theta from pi_ref to pi_r, KL(pi_r, pi_theta) < 1e-4, on
+    responses of unequal lengths, to each prompt; its first loss is ln 2. Eq. 7 and Eq. 4; pitfalls 5, 13"""
     pi_ref, beta, steps = gpt(0), 1.0, 200
     r = [uniform((len(responses(x)),), -2.0, 2.0, n) for n, x in enumerate(PROMPTS)]
     pi_theta = copy.deepcopy(pi_ref)
@@ -226,7 +232,7 @@ def test_dpo_trains_a_gpt_to_the_optimal_policy():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     batches = [torch.arange(len(PROMPTS))] * steps
     records = []
-    for record in dpo.train(pi_theta, preferences(pi_ref, r), partial(dpo.dpo, beta=beta), optimizer, batches):
+    for record in dpo.train(pi_theta, population(pi_ref, r), partial(dpo.dpo, beta=beta), optimizer, batches):
         schedule.step()
         records.append(record)
     assert_same(records[0]["loss"], LN_2, SINGLE)
@@ -240,10 +246,11 @@ def test_optimal_policy_is_a_fixed_point_of_training():
     reference is pi_theta tilted back, log pi_ref = log pi_theta - r / beta + log Z.  Eq. 7 and Eq. 5"""
     pi, beta = gpt(0), 0.5
     r = [uniform((len(responses(x)),), -2.0, 2.0, n) for n, x in enumerate(PROMPTS)]
-    batch = preferences(pi, r)
-    back = torch.nn.utils.rnn.pad_sequence([dpo.optimal_policy(enumerated(pi, x), -v, beta)[0] for x, v in zip(PROMPTS, r)], True)
+    batch = population(pi, r)
+    back = [dpo.optimal_policy(enumerated(pi, x), -v, beta)[0] for x, v in zip(PROMPTS, r)]
     last = torch.zeros_like(batch.pi_ref)
-    last[..., -1] = back
+    last[..., -1] = torch.nn.utils.rnn.pad_sequence(back, batch_first=True)
     batch = dpo.Preferences(batch.ids, batch.mask, last, batch.pairs, batch.weight)
-    record, = dpo.train(pi, batch, partial(dpo.dpo, beta=beta), torch.optim.SGD(pi.parameters(), lr=0.0), [torch.arange(2)])
+    still = torch.optim.SGD(pi.parameters(), lr=0.0)
+    record, = dpo.train(pi, batch, partial(dpo.dpo, beta=beta), still, [torch.arange(len(PROMPTS))])
     assert record["grad_norm"] < SINGLE and record["loss"] < math.log(2)

@@ -6,8 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dpo
-from worlds import (assert_at_most, assert_same, betas, kl, margins, mean, mild_worlds, minimise, objective, policy, population,
-                    population_loss, seeds, uniform, worlds)
+from worlds import (assert_at_most, assert_same, betas, kl, margins, mean, mild_worlds, minimise, objective, policy,
+                    population, population_loss, seeds, uniform, worlds)
 
 ZERO = torch.zeros((), dtype=torch.float64)
 
@@ -16,7 +16,7 @@ def number(x) -> torch.Tensor:
     return torch.tensor(x, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------ no minimum
+# ---------------------------------------------------------------------------------------------- no minimum
 
 @given(h=margins, beta=betas)
 def test_deterministic_preferences_push_the_margin_up_from_everywhere(h, beta):
@@ -35,15 +35,17 @@ def test_uncertain_preferences_hold_the_margin(gap, beta):
     assert_same(torch.autograd.grad(p * wins + (1 - p) * loses, h)[0], 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------ displacement
+# ---------------------------------------------------------------------------------------------- displacement
 
 @given(seed=seeds, N=st.integers(2, 8), d=st.integers(1, 5), beta=betas)
 def test_chosen_response_moves_with_its_features_against_the_policys_mean(seed, N, d, beta):
-    """log pi = log softmax(phi theta)  =>  along DPO's descent, d log pi_w = beta s(-z) <phi_w - E_pi phi, phi_w - phi_l>"""
+    """log pi = log softmax(phi theta) => along DPO's descent, d log pi_w = beta s(-z) <phi_w - E_pi phi, phi_w -
+    phi_l>"""
     phi = uniform((N, d), -2.0, 2.0, seed)
     theta = uniform((d,), -1.0, 1.0, seed + 1).requires_grad_()
     pi, pi_ref = (phi @ theta).log_softmax(-1), policy(N, seed + 2)
-    descent, = torch.autograd.grad(-dpo.dpo_loss(pi[0], pi[1], pi_ref[0], pi_ref[1], beta)[0], theta, retain_graph=True)
+    loss, _, _ = dpo.dpo_loss(pi[0], pi[1], pi_ref[0], pi_ref[1], beta)
+    descent, = torch.autograd.grad(-loss, theta, retain_graph=True)
     rise, = torch.autograd.grad(pi[0], theta)
     weight = beta * torch.sigmoid(beta * ((pi[1] - pi_ref[1]) - (pi[0] - pi_ref[0])))
     assert_same(rise @ descent, weight * ((phi[0] - pi.exp() @ phi) @ (phi[0] - phi[1])))
@@ -54,14 +56,15 @@ def test_tabular_pair_never_displaces(w):
     """One logit a response  =>  along DPO's descent log pi_w rises and log pi_l falls"""
     logits = w.pi.clone().requires_grad_()
     pi = logits.log_softmax(-1)
-    descent, = torch.autograd.grad(-dpo.dpo_loss(pi[0], pi[1], w.pi_ref[0], w.pi_ref[1], w.beta)[0], logits, retain_graph=True)
+    loss, _, _ = dpo.dpo_loss(pi[0], pi[1], w.pi_ref[0], w.pi_ref[1], w.beta)
+    descent, = torch.autograd.grad(-loss, logits, retain_graph=True)
     rise_w, rise_l = (torch.autograd.grad(pi[i], logits, retain_graph=True)[0] @ descent for i in (0, 1))
     assert rise_w > 0 > rise_l
 
 
 def test_shared_feature_hands_the_chosen_responses_mass_to_an_unseen_one():
-    """phi = (1, 0, 3), uniform start, the pair (0, 1)  =>  at margin h, pi_w = e^h / (1 + e^h + e^3h): DPO's descent takes
-    it from 1/3 to .003 at h = 2.9 while its loss falls, and the response in no pair takes the mass"""
+    """phi = (1, 0, 3), uniform start, the pair (0, 1) => at margin h, pi_w = e^h / (1 + e^h + e^3h): DPO's descent
+    takes it from 1/3 to .003 at h = 2.9 while its loss falls, and the response in no pair takes the mass"""
     phi, pi_ref = number([1.0, 0.0, 3.0]), torch.full((3,), 1 / 3, dtype=torch.float64).log()
     theta, losses, chosen, margin = number(0.0).requires_grad_(), [], [], []
     while theta < 2.9:
@@ -86,7 +89,7 @@ def test_rejected_response_is_pushed_by_the_ratio_of_probabilities(w):
     assert slopes[0] < 0 < slopes[1]
 
 
-# ------------------------------------------------------------------------------------------------------ over-optimization
+# ---------------------------------------------------------------------------------------------- over-optimization
 
 def test_proxy_reward_first_helps_and_then_hurts():
     """Uniform over three, gold (0, 1, .2), proxy (0, 1, 1.5)  =>  under the proxy's pi_r gold goes from .4 to .4416 (at
@@ -104,14 +107,15 @@ def test_proxy_reward_first_helps_and_then_hurts():
     assert (golds[:top + 1].diff() > 0).all() and (golds[top:].diff() < 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------ verbosity
+# ---------------------------------------------------------------------------------------------- verbosity
 
 def push_on_length(u, q0: float, gap: int, p: float, beta: float) -> torch.Tensor:
-    """dL/du at u = log(1 - q) for geometric lengths, log pi(n) = (n - 1) u + log q, where a response that is longer by gap
-    tokens wins with probability p, against a reference that stops with probability q0."""
+    """dL/du at u = log(1 - q) for geometric lengths, log pi(n) = (n - 1) u + log q, where a response that is longer
+    by gap tokens wins with probability p, against a reference that stops with probability q0."""
     u, u0 = number(u).requires_grad_(), torch.log1p(-number(q0))
-    (long, short), (ref_long, ref_short) = [[(n - 1) * v + torch.log(-torch.expm1(v)) for n in (1 + gap, 1)] for v in (u, u0)]
-    wins, loses = (dpo.dpo_loss(*order, beta)[0] for order in ((long, short, ref_long, ref_short), (short, long, ref_short, ref_long)))
+    long, short, ref_long, ref_short = [(n - 1) * v + torch.log(-torch.expm1(v)) for v in (u, u0) for n in (1 + gap, 1)]
+    wins, _, _ = dpo.dpo_loss(long, short, ref_long, ref_short, beta)
+    loses, _, _ = dpo.dpo_loss(short, long, ref_short, ref_long, beta)
     return torch.autograd.grad(p * wins + (1 - p) * loses, u)[0]
 
 
@@ -126,7 +130,8 @@ def optimal_u(q0: float, gap: int, p: float, beta: float) -> float:
 
 @given(q0=stops, gap=gaps, p=labels, beta=betas)
 def test_preference_for_length_sets_the_stop_probability(q0, gap, p, beta):
-    """The longer by `gap` wins with probability p  =>  1 - q = (1 - q0) exp(logit(p) / (beta gap)) is optimal while below 1"""
+    """The longer by `gap` wins with probability p => 1 - q = (1 - q0) exp(logit(p) / (beta gap)) is optimal while
+    below 1"""
     u = optimal_u(q0, gap, p, beta)
     assume(u < -1e-6)
     assert_same(push_on_length(u, q0, gap, p, beta), 0.0)
@@ -140,12 +145,12 @@ def test_strong_preference_for_length_makes_it_diverge(q0, gap, p, beta, u):
     assert push_on_length(u, q0, gap, p, beta) < 0
 
 
-# ------------------------------------------------------------------------------------------------------ coverage
+# ---------------------------------------------------------------------------------------------- coverage
 
 @given(w=mild_worlds, v=mild_worlds, c=st.integers(-12, 12).map(lambda k: k / 4))
 def test_mass_moves_between_unconnected_responses_at_no_loss(w, v, c):
-    """No pair joins two groups of responses  =>  L is the same however mass is split between the groups, and its minimisers
-    agree with pi_r within each group alone"""
+    """No pair joins two groups of responses => L is the same however mass is split between the groups, and its
+    minimisers agree with pi_r within each group alone"""
     n, N = len(w.r), len(w.r) + len(v.r)
     pi_ref, r = torch.cat((w.pi_ref, v.pi_ref)).log_softmax(-1), torch.cat((w.r, v.r))
     inside = [(i, j, 1.0) for i in range(N) for j in range(i) if (i < n) == (j < n)]
@@ -161,7 +166,7 @@ def test_mass_moves_between_unconnected_responses_at_no_loss(w, v, c):
                 torch.cat([part.log_softmax(-1) for part in tilt.split([n, N - n])]), tolerance=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ maximum entropy
+# ---------------------------------------------------------------------------------------------- maximum entropy
 
 @given(w=worlds)
 def test_uniform_reference_makes_the_objective_an_entropy_bonus(w):

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpo
-from worlds import (LN_2, Bigram, World, assert_at_most, assert_same, betas, connected, kl, margins, mean, mild_worlds, minimise,
-                    objective, pairs, policy, population, population_loss, rewards, seeds, shifts, small_worlds, uniform,
-                    worlds)
+from worlds import (LN_2, Bigram, World, assert_at_most, assert_same, betas, connected, kl, margins, mean, mild_worlds,
+                    minimise, objective, pairs, policy, population, population_loss, rewards, seeds, shifts, small_worlds,
+                    uniform, worlds)
 
 
 def projection(r, w: World):
@@ -21,7 +21,7 @@ def projection(r, w: World):
     return dpo.implicit_reward(dpo.optimal_policy(w.pi_ref, r, w.beta)[0], w.pi_ref, w.beta)
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 1 and 2
+# ---------------------------------------------------------------------------------------------- Eq. 1 and 2
 
 @given(r=rewards)
 def test_bradley_terry_is_a_ratio_of_exponentials(r):
@@ -63,14 +63,15 @@ def test_reward_loss_is_least_at_the_logit_of_the_label(gap, off):
     assert loss(at) < min(loss(at + off), loss(at - off))
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 3 and 4
+# ---------------------------------------------------------------------------------------------- Eq. 3 and 4
 
 @given(w=worlds)
 def test_optimal_policy_is_the_reference_tilted_by_the_reward(w):
     """Z = sum_y pi_ref(y) exp(r(y) / beta)  =>  pi_r(y) = pi_ref(y) exp(r(y) / beta) / Z.  Eq. 4"""
     unnormalised = w.pi_ref.exp() * (w.r / w.beta).exp()
     pi_r, log_Z = dpo.optimal_policy(w.pi_ref, w.r, w.beta)
-    assert_same(torch.cat((pi_r, log_Z[None])), torch.cat(((unnormalised / unnormalised.sum()).log(), unnormalised.sum().log()[None])))
+    Z = unnormalised.sum()
+    assert_same(torch.cat((pi_r, log_Z[None])), torch.cat(((unnormalised / Z).log(), Z.log()[None])))
 
 
 @given(w=worlds)
@@ -121,7 +122,7 @@ def test_many_prompts_are_as_many_single_ones(w):
     assert_same(torch.cat((pi_r, log_Z[:, None]), 1), torch.stack([torch.cat((p, z[None])) for p, z in each]))
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 5 and 6
+# ---------------------------------------------------------------------------------------------- Eq. 5 and 6
 
 @given(w=worlds)
 def test_reward_is_recovered_from_its_optimal_policy(w):
@@ -137,11 +138,12 @@ def test_partition_function_cancels_from_preferences(w):
     assert_same(torch.sigmoid(r_hat[:, None] - r_hat), dpo.bradley_terry(w.r[:, None], w.r))
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 7
+# ---------------------------------------------------------------------------------------------- Eq. 7
 
 @given(p=pairs)
 def test_loss_is_minus_log_likelihood_of_the_preference(p):
-    """r_hat = beta log pi_theta / pi_ref  =>  L_DPO = -log s(r_hat_w - r_hat_l).  Eq. 7; pitfall 22 (a reward has its beta)"""
+    """r_hat = beta log pi_theta / pi_ref => L_DPO = -log s(r_hat_w - r_hat_l). Eq. 7; pitfall 22 (a reward has its
+    beta)"""
     r_hat_w, r_hat_l = p.beta * (p.pi_theta_w - p.pi_ref_w), p.beta * (p.pi_theta_l - p.pi_ref_l)
     nats = torch.logaddexp(torch.zeros(()), r_hat_l - r_hat_w)
     assert_same(torch.stack(dpo.dpo_loss(*p)), torch.stack((nats, r_hat_w, r_hat_l)))
@@ -197,13 +199,14 @@ def test_loss_of_a_hopeless_pair_is_finite(z):
 
 
 def test_a_lower_loss_need_not_raise_the_chosen_response():
-    """Not a theorem: L_DPO falls  =>  log pi(y_w) rises.  Counterexample: pi_ref = (1/3, 1/3, 1/3), pi = (1/4, 1/20, 7/10)"""
+    """Not a theorem: L_DPO falls => log pi(y_w) rises. Counterexample: pi_ref = (1/3, 1/3, 1/3), pi = (1/4, 1/20,
+    7/10)"""
     pi_ref, pi = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1 / 4, 1 / 20, 7 / 10]], dtype=torch.float64).log()
     before, after = (dpo.dpo_loss(p[0], p[1], pi_ref[0], pi_ref[1], 1.0)[0] for p in (pi_ref, pi))
     assert after < before and pi[0] < pi_ref[0]
 
 
-# ------------------------------------------------------------------------------------------------------ the gradient
+# ---------------------------------------------------------------------------------------------- the gradient
 
 @given(w=worlds)
 def test_gradient_is_weighted_by_how_wrong_the_implicit_reward_is(w):
@@ -219,8 +222,8 @@ def test_gradient_is_weighted_by_how_wrong_the_implicit_reward_is(w):
 
 @given(h=margins.filter(lambda h: h != 0), beta=betas)
 def test_gradient_tells_the_main_text_from_appendix_a4(h, beta):
-    """The last line of App. A.4 prints the weight s(r_hat_w - r_hat_l); the true one is s(r_hat_l - r_hat_w), which is 1
-    minus it: alike at h = 0 alone.  pitfall 31"""
+    """The last line of App. A.4 prints the weight s(r_hat_w - r_hat_l); the true one is s(r_hat_l - r_hat_w), which
+    is 1 minus it: alike at h = 0 alone. pitfall 31"""
     at = torch.tensor(h, dtype=torch.float64, requires_grad=True)
     weight = -torch.autograd.grad(at_margin(at, beta), at)[0] / beta
     main_text, appendix = torch.sigmoid(torch.tensor([-beta * h, beta * h], dtype=torch.float64))
@@ -238,12 +241,12 @@ def test_gradient_reaches_both_responses_alike_and_the_reference_not(p):
                 torch.stack((expected, -expected)))
 
 
-# ------------------------------------------------------------------------------------------------------ Section 4's reference
+# ---------------------------------------------------------------------------------------------- Section 4's reference
 
 @given(seed=seeds, V=st.integers(2, 6))
 def test_reference_without_sft_is_the_winners_frequencies(seed, V):
-    """pi = frequencies f of the winners  =>  E log pi'(y_w) = E log pi(y_w) - KL(f, pi') for every pi', so that pi is the
-    argmax.  Section 4's reference"""
+    """pi = frequencies f of the winners => E log pi'(y_w) = E log pi(y_w) - KL(f, pi') for every pi', so that pi is
+    the argmax. Section 4's reference"""
     winners = torch.randint(V, (20,), generator=torch.Generator().manual_seed(seed)).tolist() + list(range(V))
     ids = torch.tensor([[0, y] for y in winners])
     mask = torch.tensor([[False, True]]).expand_as(ids)
@@ -253,11 +256,12 @@ def test_reference_without_sft_is_the_winners_frequencies(seed, V):
     assert_same(mean_logp[1], mean_logp[0] - kl(f, other), tolerance=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ equivalence
+# ---------------------------------------------------------------------------------------------- equivalence
 
 @given(r=rewards, f=shifts)
 def test_preferences_know_the_reward_up_to_its_class(r, f):
-    """r ~ r' iff r - r' depends on x alone (Definition 1)  =>  preferences give back r up to f(x): logit p*(y > y_0) = r - r_0"""
+    """r ~ r' iff r - r' depends on x alone (Definition 1) => preferences give back r up to f(x): logit p*(y > y_0) =
+    r - r_0"""
     p = dpo.bradley_terry(r + f, r[0] + f)
     assert_same(p.logit(), r - r[0])
 
@@ -320,7 +324,8 @@ def test_implicit_reward_has_partition_function_one(w):
 def test_normalised_objective_is_minus_a_divergence(w):
     """E_pi[f(r) - beta log pi / pi_ref] = -beta KL(pi, pi_r), at most 0 and 0 at pi_r.  Eq. 10"""
     pi_r, log_Z = dpo.optimal_policy(w.pi_ref, w.r, w.beta)
-    gain = torch.stack([mean(pi, w.r - w.beta * log_Z - dpo.implicit_reward(pi, w.pi_ref, w.beta)) for pi in (w.pi, pi_r)])
+    gain = torch.stack([mean(pi, w.r - w.beta * log_Z - dpo.implicit_reward(pi, w.pi_ref, w.beta))
+                        for pi in (w.pi, pi_r)])
     assert_same(gain, [-w.beta * kl(w.pi, pi_r), 0.0])
 
 
@@ -339,7 +344,7 @@ def test_representative_of_a_class_is_unique(w, c):
     assert_same(torch.stack((log_Z, moved)), [0.0, c / w.beta])
 
 
-# ------------------------------------------------------------------------------------------------------ Plackett-Luce
+# ---------------------------------------------------------------------------------------------- Plackett-Luce
 
 @given(r=rewards)
 def test_plackett_luce_chooses_the_best_of_those_that_are_left(r):
@@ -372,14 +377,15 @@ def test_partition_function_cancels_from_rankings(w):
 def test_ranking_loss_of_two_is_the_pair_loss(p):
     """K = 2  =>  -log p*(y_w > y_l) at r_hat is L_DPO.  Eq. 20 and Eq. 7"""
     loss, _, _ = dpo.dpo_loss(*p)
-    r_hat = dpo.implicit_reward(torch.stack((p.pi_theta_w, p.pi_theta_l), -1), torch.stack((p.pi_ref_w, p.pi_ref_l), -1), p.beta)
+    theta, ref = torch.stack((p.pi_theta_w, p.pi_theta_l), -1), torch.stack((p.pi_ref_w, p.pi_ref_l), -1)
+    r_hat = dpo.implicit_reward(theta, ref, p.beta)
     assert_same(-dpo.plackett_luce(r_hat), loss)
 
 
 @given(w=mild_worlds)
 def test_population_ranking_loss_is_least_at_the_optimal_policy(w):
-    """Rankings drawn from Plackett-Luce with r  =>  -E log p at beta log pi / pi_ref is stationary at pi_r, and larger at
-    every other policy.  Eq. 20"""
+    """Rankings drawn from Plackett-Luce with r => -E log p at beta log pi / pi_ref is stationary at pi_r, and larger
+    at every other policy. Eq. 20"""
     orders = torch.tensor(list(permutations(range(len(w.r)))))
     p = dpo.plackett_luce(w.r[orders]).exp()
 
@@ -391,7 +397,7 @@ def test_population_ranking_loss_is_least_at_the_optimal_policy(w):
     assert loss(logits) < loss(w.pi)
 
 
-# ------------------------------------------------------------------------------------------------------ the population theorem
+# ---------------------------------------------------------------------------------------------- the population theorem
 
 def bernoulli_kl(p, z):
     """KL(Bern(p), Bern(s(z)))."""
@@ -412,8 +418,8 @@ def test_population_loss_is_label_entropy_plus_a_divergence(w, seed):
 
 @given(w=mild_worlds, seed=seeds)
 def test_dpo_on_the_population_finds_the_optimal_policy(w, seed):
-    """Labels from Bradley-Terry with r, pairs that connect the responses, any masses  =>  the minimiser of L_DPO over all
-    policies is pi_r.  The population theorem: Eq. 7 has Eq. 4 as its optimum"""
+    """Labels from Bradley-Terry with r, pairs that connect the responses, any masses => the minimiser of L_DPO over
+    all policies is pi_r. The population theorem: Eq. 7 has Eq. 4 as its optimum"""
     batch = population(w.pi_ref, w.r, connected(len(w.r), seed))
     found = minimise(lambda logits: population_loss(logits.log_softmax(-1), batch, w.beta), w.pi_ref).log_softmax(-1)
     assert_same(found, dpo.optimal_policy(w.pi_ref, w.r, w.beta)[0], tolerance=1e-6)
@@ -421,6 +427,8 @@ def test_dpo_on_the_population_finds_the_optimal_policy(w, seed):
 
 @given(w=mild_worlds, seed=seeds)
 def test_no_other_policy_has_the_population_loss_of_the_optimum(w, seed):
-    """pi != pi_r, pairs that connect the responses  =>  L(pi) > L(pi_r): the minimiser is the only one.  The population theorem"""
+    """pi != pi_r, pairs that connect the responses => L(pi) > L(pi_r): the minimiser is the only one. The population
+    theorem"""
     batch = population(w.pi_ref, w.r, connected(len(w.r), seed))
-    assert population_loss(w.pi, batch, w.beta) > population_loss(dpo.optimal_policy(w.pi_ref, w.r, w.beta)[0], batch, w.beta)
+    pi_r, _ = dpo.optimal_policy(w.pi_ref, w.r, w.beta)
+    assert population_loss(w.pi, batch, w.beta) > population_loss(pi_r, batch, w.beta)

@@ -1,7 +1,7 @@
-"""What the theorems quantify over: finite worlds in float64, a GPT small enough to enumerate, and how sides are compared.
+"""What the theorems quantify over: finite worlds in float64, and a GPT small enough to enumerate.
 
-A finite world is one prompt with N responses. Everything in it is drawn from one integer seed, so that hypothesis shrinks
-to few responses and small seeds rather than to odd floats.
+A finite world is one prompt with N responses. Everything in it is drawn from one integer seed, so that hypothesis
+shrinks to few responses and small seeds rather than to odd floats.
 """
 import math
 import random
@@ -12,8 +12,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import data
 import dpo
 from model import GPT, GPTConfig
+
+
+LN_2 = math.log(2)
 
 
 def assert_same(left, right, tolerance: float = 1e-9):
@@ -28,7 +32,7 @@ def assert_at_most(left, right, tolerance: float = 1e-9):
     assert bool((left <= right + tolerance).all()), f"{left.tolist()} is not at most {right.tolist()}"
 
 
-# ------------------------------------------------------------------------------------------------------ strategies
+# ---------------------------------------------------------------------------------------------- strategies
 
 class World(NamedTuple):
     pi_ref: Tensor      # (N,) log-probabilities
@@ -55,7 +59,8 @@ def policy(N: int, seed: int, spread: float = 8.0) -> Tensor:
 
 
 def world(N: int, beta: float, seed: int, spread: float = 8.0, reward: float = 5.0) -> World:
-    return World(policy(N, 3 * seed, spread), uniform((N,), -reward, reward, 3 * seed + 1), policy(N, 3 * seed + 2, spread), beta)
+    return World(policy(N, 3 * seed, spread), uniform((N,), -reward, reward, 3 * seed + 1),
+                 policy(N, 3 * seed + 2, spread), beta)
 
 
 seeds = st.integers(0, 10_000)
@@ -70,7 +75,7 @@ pairs = st.builds(lambda seed, beta: Pair(*uniform((4, 6), -60.0, 0.0, seed), be
 rewards = st.builds(lambda N, seed: uniform((N,), -5.0, 5.0, seed), st.integers(2, 8), seeds)
 
 
-# ------------------------------------------------------------------------------------------------------ independent sides
+# ---------------------------------------------------------------------------------------------- independent sides
 
 def mean(pi: Tensor, f: Tensor) -> Tensor:
     """E_pi f."""
@@ -127,7 +132,7 @@ def minimise(loss, x: Tensor) -> Tensor:
     raise AssertionError("the optimiser found no minimum")
 
 
-# ------------------------------------------------------------------------------------------------------ models
+# ---------------------------------------------------------------------------------------------- models
 
 class Bigram(nn.Module):
     """The smallest language model: one row of logits for each current token."""
@@ -169,10 +174,14 @@ def rows(x: list[int], ys: list[list[int]], length: int = CONTEXT, pad: int = 0)
     return ids, (len(x) <= place) & (place < ends)
 
 
+def next_token(pi: nn.Module, ids: list[int]) -> Tensor:
+    """log pi( . | ids), from a call that sees nothing else."""
+    return pi(torch.tensor([ids]))[0, -1].detach().log_softmax(-1)
+
+
 def log_probability(pi: nn.Module, x: list[int], y: list[int]) -> Tensor:
-    """log pi(y|x) by the chain rule, one token and one call of the model at a time."""
-    steps = [pi(torch.tensor([x + y[:t]]))[0, -1].log_softmax(-1)[y[t]] for t in range(len(y))]
-    return torch.stack(steps).sum()
+    """log pi(y|x) by the chain rule, one call of the model a token."""
+    return torch.stack([next_token(pi, x + y[:t])[y[t]] for t in range(len(y))]).sum()
 
 
 def enumerated(pi: nn.Module, x: list[int]) -> Tensor:
@@ -181,9 +190,35 @@ def enumerated(pi: nn.Module, x: list[int]) -> Tensor:
         return dpo.response_logps(pi, *rows(x, responses(x))).sum(-1).double()
 
 
+def triplets(seed: int, P: int = 4, K: int = 4) -> list[dict]:
+    """Preferences as data.py writes them: P prompts, up to K responses of unequal lengths each, some pairs, drawn
+    weights."""
+    rng = random.Random(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(V) for _ in range(rng.randint(low, high))]
+    found = []
+    for number in range(P):
+        x, ys = tokens(1, 3), [tokens(1, 4) for _ in range(K)]
+        some = rng.sample([(y, other) for y in ys for other in ys if y != other] or [(ys[0], ys[0])], 1)
+        some += [(y, other) for y in ys for other in ys if y != other and rng.random() < 0.3]
+        found += [dict(number=number, prompt_ids=x, chosen_ids=y, rejected_ids=other, weight=rng.uniform(0.1, 1.0))
+                  for y, other in some]
+    return found
+
+
+def preferences(of: list[dict], pi_ref: nn.Module) -> dpo.Preferences:
+    """Triplets grouped by prompt, scored under pi_ref."""
+    ids, mask, pairs, weight = data.group(of)
+    with torch.no_grad():
+        logps = dpo.response_logps(pi_ref, ids.flatten(0, 1), mask.flatten(0, 1)).view(ids.shape)
+    return dpo.Preferences(ids, mask, logps, pairs, weight)
+
+
+def bigram(seed: int) -> Bigram:
+    return Bigram(uniform((V, V), -3.0, 3.0, seed))
+
+
 def standard_errors(estimate: Tensor, truth: Tensor, se: Tensor) -> Tensor:
     """How many standard errors lie between an estimate and the truth."""
     return (estimate - truth).abs() / se.clamp(min=1e-12)
-
-
-LN_2 = math.log(2)
