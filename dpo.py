@@ -12,8 +12,8 @@ Rafailov, Sharma, Mitchell, Ermon, Manning, Finn (2023), arXiv 2305.18290 v3, wh
     r, r_hat    true and implicit reward, in nats   Z        the partition function (Eq. 4)
 
 Choices, where code in public has gone both ways: a response's log-probability is the *sum* over its tokens, the end token
-among them where the model emitted it, and never the prompt's; log-softmax and sums are in float32 whatever the model
-computes in; pi_ref is scored once, before training; the loss comes back per pair, and the loop averages it.
+among them where the model emitted it, and never the prompt's; log-softmax and sums are in float32 (or float64)
+whatever the model computes in; pi_ref is scored once, before training; the loss comes back per pair, and the loop averages it.
 Log-probabilities, rewards and KL divergences are in nats, per response.
 """
 import math
@@ -57,7 +57,7 @@ def dpo_loss(pi_theta_w: Tensor, pi_theta_l: Tensor, pi_ref_w: Tensor, pi_ref_l:
 
 # ------------------------------------------------------------------------------------------------------ the optimum
 
-def optimal_policy(pi_ref: Tensor, r: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def optimal_policy(pi_ref: Tensor, r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x), and log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta).
     Eq. 4, on a finite set of responses: pi_ref (..., N) log-probabilities, r (..., N) nats -> (..., N) and (...)."""
     tilted = pi_ref + r / beta
@@ -77,10 +77,15 @@ def frontier(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------ a model's side
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """bfloat16 logits would round log-probabilities to steps of a quarter of a nat at -50."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi(y_t | x, y_<t) at the tokens under the mask and 0 elsewhere: ids, mask (B, T) -> (B, T) nats.
     Its sum over T is log pi(y|x)."""
-    logits = pi(ids[:, :-1]).float()                                    # (B, T-1, V); those at t predict the token at t + 1
+    logits = at_least_float32(pi(ids[:, :-1]))                          # (B, T-1, V); those at t predict the token at t + 1
     logps = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
     return F.pad(logps, (1, 0)).masked_fill(~mask, 0.0)
 
@@ -89,8 +94,8 @@ def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Two estimates of KL(pi_theta, pi_ref) in nats per response, from responses drawn from pi_theta at temperature 1:
     log pi_theta(y|x) / pi_ref(y|x), and the sum along y of the whole next-token distributions' KL. Both have the sequence
-    KL as their mean; the second is steadier, and never negative. ids, mask (B, T) -> (B,) and (B,)."""
-    theta, ref = (pi(ids[:, :-1]).float().log_softmax(-1) for pi in (pi_theta, pi_ref))                     # (B, T-1, V)
+    KL as their mean; the second is usually steadier, and never negative. ids, mask (B, T) -> (B,) and (B,)."""
+    theta, ref = (at_least_float32(pi(ids[:, :-1])).log_softmax(-1) for pi in (pi_theta, pi_ref))           # (B, T-1, V)
     log_ratio = (theta - ref).gather(-1, ids[:, 1:, None]).squeeze(-1)
     full = (theta.exp() * (theta - ref)).sum(-1)
     return tuple(kl.masked_fill(~mask[:, 1:], 0.0).sum(-1) for kl in (log_ratio, full))

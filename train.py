@@ -11,6 +11,7 @@ import copy
 import ctypes
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -49,19 +50,19 @@ class Settings:
     n_head: int = 4
     n_embd: int = 64
     reviews: int = 20_000           # that pi_ref is fine-tuned on
-    steps: int = 800                # of fine-tuning
+    steps: int = 400                # of fine-tuning
     rows: int = 64                  # reviews in a step of fine-tuning
-    prompts: int = 20_000           # that preferences are collected on; more prompts help more than more passes over them
+    prompts: int = 10_000           # that preferences are collected on; more prompts help more than more passes over them
     completions: int = 4            # the paper's
     batch: int = 64                 # prompts in a step of DPO
-    rate: float = 1e-3              # DPO's peak learning rate at beta 1
-    held_out: int = 128             # prompts of the evaluation
+    rate: float = 0.03              # DPO's peak learning rate at beta 1
+    held_out: int = 100             # prompts of the evaluation
     samples: int = 512              # of pi_ref for each held-out prompt, which draw the optimal curve
     answers: int = 64               # of pi_theta for each held-out prompt
 
 
 IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=3, n_head=4, n_embd=128, reviews=75_000,
-            steps=4000, rows=32, prompts=8_000, batch=32, rate=1e-4, held_out=64, answers=48)
+            steps=2400, rows=32, prompts=8_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
 
 
 # ----------------------------------------------------------------------------- stages: what is made once, and kept
@@ -74,11 +75,18 @@ class Stages:
         self.log = out / "stages.json"
         self.seconds: dict[str, float] = {}
 
+    def value(self, need: str) -> object:
+        if need in self.keys:                               # an earlier stage
+            return self.keys[need]
+        if need.endswith(".py"):
+            return Path(__file__).with_name(need).read_text(encoding="utf-8")
+        if hasattr(self.settings, need):
+            return getattr(self.settings, need)
+        return inspect.getsource(globals()[need])           # a function of this file
+
     def __call__(self, name: str, needs: str, make: Callable[[], object]):
         """The result of make(), which may depend on the settings, sources and earlier stages that `needs` lists."""
-        inputs = [self.keys.get(need) or (Path(__file__).with_name(need).read_text(encoding="utf-8") if "." in need
-                                          else getattr(self.settings, need)) for need in needs.split()]
-        key = self.keys[name] = hashlib.sha256(repr((name, inputs)).encode()).hexdigest()
+        key = self.keys[name] = hashlib.sha256(repr((name, [self.value(need) for need in needs.split()])).encode()).hexdigest()
         done = json.loads(self.log.read_text()) if self.log.exists() else {}
         path = self.out / f"{name}.pt"
         if done.get(name, {}).get("key") != key or not path.exists():
@@ -247,7 +255,7 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi_ref at the tokens of the responses, (P, K, T) nats: once, before training."""
     device = pi_ref.wte.weight.device
     with torch.no_grad():
-        logps = torch.zeros(ids.shape)
+        logps = torch.zeros(ids.shape, dtype=pi_ref.wte.weight.dtype)
         lengths = (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
         for rows in tqdm(lengths.argsort().split(32), desc="scoring under pi_ref"):
             T = int(lengths[rows[-1]])
@@ -257,14 +265,19 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: Settings) -> tuple[GPT, dict[str, Tensor]]:
-    """pi_theta, trained by DPO from pi_ref in one pass over the prompts, and what each step saw. AdamW with a linear decay;
-    a large beta asks for small log-ratios, so the rate falls with it."""
+    """pi_theta, trained by DPO from pi_ref in one pass over the prompts, and what each step saw.
+
+    Plain gradient descent with momentum: its steps follow the labels' signal, where those of Adam, which are as large for a
+    token seldom seen as for a frequent one, pay most of their KL for noise. What single words are worth is learned in the
+    token vectors, at the full rate; the rest moves at a sixteenth of it. The rate falls with beta, as log-ratios do."""
     pi_theta = copy.deepcopy(pi_ref)
     places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
     lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
     batches = [torch.from_numpy(batch).to(preferences.ids.device)
                for batch in like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed))]
-    optimizer = torch.optim.AdamW(pi_theta.parameters(), lr=settings.rate * min(1.0, beta ** -0.5), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    rate = settings.rate * beta ** -1.25
+    rest = [p for p in pi_theta.parameters() if p is not pi_theta.wte.weight]
+    optimizer = torch.optim.SGD([dict(params=[pi_theta.wte.weight], lr=rate), dict(params=rest, lr=rate / 16)], momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_then_linear(len(batches)))
     records = []
     steps = dpo.train(pi_theta, preferences, partial(dpo.dpo, beta=beta), optimizer, batches)
@@ -283,7 +296,7 @@ BETAS = np.geomspace(20, 0.05, 80)     # where the optimal curve is computed
 
 
 def optimal_curve(r: Tensor) -> dict[str, np.ndarray]:
-    """Eq. 4 from pi_ref's rewards r (P, N): for each of BETAS the reward and KL of each prompt (120, P), and whether their
+    """Eq. 4 from pi_ref's rewards r (P, N): for each of BETAS the reward and KL of each prompt (80, P), and whether their
     mean can be trusted: effective sample size at least 40, and the curve from N/2 samples agreeing within 2 %."""
     reward, kl, size = (np.stack(v) for v in zip(*[[t.numpy() for t in dpo.frontier(r.double(), b)] for b in BETAS]))
     halves = []
@@ -304,7 +317,7 @@ def fraction_of_optimal(curve: dict, r_ref: np.ndarray, r: np.ndarray, kl: np.nd
     rng = np.random.default_rng(0)
 
     def fraction(p: np.ndarray) -> float:
-        best = np.interp(kl[p].mean(), curve["kl"][:, p].mean(1), curve["reward"][:, p].mean(1))
+        best = np.interp(kl[p].mean(), [0, *curve["kl"][:, p].mean(1)], [r_ref[p].mean(), *curve["reward"][:, p].mean(1)])
         return float((r[p].mean() - r_ref[p].mean()) / (best - r_ref[p].mean()))
     every = np.arange(len(r))
     return fraction(every), float(np.std([fraction(rng.choice(every, len(every))) for _ in range(200)]))
@@ -465,7 +478,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
     stage = Stages(out, settings)
 
     make_world = toy_world if settings.data == "toy" else imdb_world
-    world = stage("world", "data imdb seed vocab_size context reviews prompts held_out data.py", lambda: make_world(settings))
+    world = stage("world", "data imdb seed vocab_size context reviews prompts held_out data.py toy_world imdb_world split", lambda: make_world(settings))
     tokenizer = data.tokenizer_of(world["tokens"])
     rewards_of = ({name: data.Sentiment(*judge) for name, judge in world["judges"].items()} if "judges" in world
                   else {"reward": data.toy_reward})
@@ -477,7 +490,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         torch.manual_seed(settings.seed)
         pi = GPT(pi_ref.config).to(device)
         return fine_tune(pi, unpack(world["fine_tune"]), settings).state_dict()
-    pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py", reference))
+    pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py fine_tune embedding_from_counts", reference))
     pi_ref.requires_grad_(False)
     prompts, K = unpack(world["prompts"]), settings.completions
     def completions() -> dict:
@@ -503,7 +516,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         ids, mask, pairs, weight = data.group(data.read_triplets(out / "triplets.jsonl"))
         return dict(ids=ids, mask=mask, pi_ref=score(pi_ref, ids, mask), pairs=pairs, weight=weight)
     preferences = dpo.Preferences(**{name: t.to(device) for name, t in stage("scores", "triplets dpo.py", scored).items()})
-    held = stage("held_out", "reference held_out samples labels completions dpo.py",
+    held = stage("held_out", "reference held_out samples labels completions dpo.py hold_out",
                  lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
 
     pairs = dpo.Preferences(*held["pairs"])
@@ -515,9 +528,9 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         def train_policy() -> dict:
             trained, records = optimise(pi_ref.requires_grad_(True), preferences, beta, settings)
             return dict(weights=trained.state_dict(), records=records)
-        policy = stage(f"dpo-{beta:g}", "scores batch rate", train_policy)
+        policy = stage(f"dpo-{beta:g}", "scores batch rate optimise", train_policy)
         pi_theta.load_state_dict(policy["weights"])
-        evaluations.append(stage(f"evaluation-{beta:g}", f"dpo-{beta:g} held_out answers", lambda: evaluate(
+        evaluations.append(stage(f"evaluation-{beta:g}", f"dpo-{beta:g} held_out answers evaluate optimal_curve fraction_of_optimal", lambda: evaluate(
             pi_theta, pi_ref, beta, held, pairs, curve, tokenizer, settings, rewards_of)))
 
     r_ref = held["rewards"]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import dpo
 from worlds import (LN_2, Bigram, World, assert_at_most, assert_same, betas, connected, kl, margins, mean, mild_worlds,
-                    minimise, objective, pairs, policy, population, population_loss, rewards, seeds, shifts, small_worlds,
-                    uniform, worlds)
+                    minimise, objective, pairs, policy, population, population_loss, rewards, seeds, shifts,
+                    small_worlds, uniform, worlds)
 
 
 def projection(r, w: World):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import dpo
 import train
-from worlds import (assert_at_most, assert_same, betas, kl, mean, objective, population, population_loss, seeds, uniform,
-                    worlds)
+from worlds import (assert_at_most, assert_same, betas, kl, mean, objective, population, population_loss, seeds,
+                    uniform, worlds)
 
-samples = st.builds(lambda N, seed: uniform((N,), -5.0, 5.0, seed), st.integers(2, 50), seeds)      # rewards under pi_ref
+samples = st.builds(lambda N, seed: uniform((N,), -5.0, 5.0, seed), st.integers(2, 50), seeds)      # their rewards
 
 
 def number(x) -> torch.Tensor:

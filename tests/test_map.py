@@ -26,7 +26,8 @@ def pitfalls_in(docstring: str) -> set[int]:
 
 def cited_in(text: str) -> set[str]:
     """What of the paper a text cites; "Eq. 11 to 14" is four equations, and "Eq. 3 and 4" two."""
-    found = set(re.findall(r"(?:Lemma|Theorem|Proposition|Definition) \d|Section 4's \w+|App\. A\.4|The population theorem", text))
+    named = r"(?:Lemma|Theorem|Proposition|Definition) \d|Section 4's \w+|App\. A\.4|The population theorem"
+    found = set(re.findall(named, text))
     for first, word, last in re.findall(r"Eq\. (\d+)(?: (to|and) (\d+))?", text):
         numbers = range(int(first), int(last) + 1) if word == "to" else [first, last] if word else [first]
         found |= {f"Eq. {n}" for n in numbers}

@@ -36,28 +36,6 @@ def test_the_architecture_is_gpt2s():
     torch.testing.assert_close(pi(ids), pi.ln_f(x) @ pi.wte.weight.T)
 
 
-def test_a_later_token_never_moves_an_earlier_logit():
-    pi, ids = gpt(), torch.randint(0, 11, (1, 9))
-    other = ids.clone()
-    other[0, 5] = (ids[0, 5] + 1) % 11
-    before, after = pi(ids), pi(other)
-    assert torch.equal(before[:, :5], after[:, :5]) and not torch.allclose(before[:, 5:], after[:, 5:])
-
-
-def test_train_and_eval_compute_the_same_function():
-    """Pitfall 12: dropout."""
-    pi, ids = gpt(), torch.randint(0, 11, (2, 9))
-    assert torch.equal(pi.train()(ids), pi.eval()(ids))
-
-
-@pytest.mark.parametrize("cuts", [(1,), (4,), (2, 3, 7), tuple(range(1, 9))])
-def test_cached_and_uncached_logits_agree(cuts):
-    pi, ids = gpt(), torch.randint(0, 11, (3, 9))
-    cache = pi.new_cache(3)
-    pieces = [pi(ids[:, a:b], cache, a) for a, b in zip((0, *cuts), (*cuts, 9))]
-    torch.testing.assert_close(torch.cat(pieces, 1), pi(ids))
-
-
 def greedy(pi, x, end):
     y = []
     while len(x) + len(y) < CONFIG.context and end not in y:

@@ -20,8 +20,8 @@ import data
 import dpo
 import train
 from model import GPT, GPTConfig
-from worlds import (END, LN_2, V, Bigram, assert_same, betas, bigram, gpt, log_probability, preferences, responses, rewards,
-                    rows, seeds, triplets, uniform)
+from worlds import (END, LN_2, V, Bigram, assert_same, betas, bigram, gpt, log_probability, preferences, responses,
+                    rewards, rows, seeds, triplets, uniform)
 
 SINGLE = 1e-5
 

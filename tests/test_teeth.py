@@ -15,7 +15,7 @@ import dpo
 
 SOURCE = Path(dpo.__file__).read_text(encoding="utf-8")
 
-LOSS, UPCAST = "-F.logsigmoid(r_hat_w - r_hat_l)", "logits = pi(ids[:, :-1]).float()"
+LOSS, UPCAST = "-F.logsigmoid(r_hat_w - r_hat_l)", "logits = at_least_float32(pi(ids[:, :-1]))"
 PAIRS = "theta[x, w], theta[x, l], ref[x, w], ref[x, l], beta"
 SUMS = "theta, ref = pi_theta.sum(-1), batch.pi_ref.sum(-1)"
 MASKED, SHARE = "(logps, (1, 0)).masked_fill(~mask, 0.0)", "share = batch.weight / batch.weight.sum()"
@@ -154,7 +154,7 @@ EDITS = {   # what is wrong: the text of dpo.py, what takes its place, the theor
         MASKED, MASKED + " / mask.sum(-1, keepdim=True)",
         GPT + "shared_beginning_of_responses_leaves_the_loss_alone"),
     "logits of the batch's first row": (
-        UPCAST, UPCAST.replace(".float()", "[:1].float().expand(len(ids), -1, -1)"),
+        UPCAST, UPCAST + "[:1].expand(len(ids), -1, -1)",
         GPT + "batch_mates_are_invisible"),
     "float32 dropped": (
         UPCAST, "logits = pi(ids[:, :-1])",
