@@ -19,6 +19,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,7 @@ def fine_tune(pi: GPT, openings: list[list[int]], settings: Settings) -> GPT:
     pi.wte.weight.data.copy_(embedding_from_counts(openings, pi.config.vocab_size, pi.config.n_embd))
     matrices = [p for p in pi.h.parameters() if p.ndim == 2]
     rest = [p for p in pi.parameters() if not any(p is m for m in matrices)]
-    optimizers = (torch.optim.Muon(matrices, lr=0.015, momentum=0.95, weight_decay=0.1),
+    optimizers = (Muon(matrices, lr=0.015),
                   torch.optim.AdamW(rest, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, warm_then_linear(settings.steps)) for o in optimizers]
 
@@ -207,6 +208,30 @@ def embedding_from_counts(openings: list[list[int]], vocab_size: int, n_embd: in
     return 0.05 * math.sqrt(n_embd) * F.normalize(vectors)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are all brought near 1 before each step (Jordan et al. 2024), for matrices. As
+    `torch.optim.Muon`, but in float32: that one iterates in bfloat16, which most CPUs emulate, and takes as long as the
+    rest of the step."""
+
+    def __init__(self, params, lr: float):
+        super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.1))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"])
+                tall = x.size(0) > x.size(1)
+                x = F.normalize(x.T if tall else x, dim=(0, 1))
+                for _ in range(5):                                  # a Newton-Schulz iteration for U V^T of x = U S V^T
+                    gram = x @ x.T
+                    x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(x.T if tall else x, alpha=group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+
+
 def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """One pass over the rows in random batches whose rows are of like length, so that little of them is padding: rows are
     sorted within random chunks of 20 batches."""
@@ -234,8 +259,9 @@ def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tenso
 
 
 def draw(pi: GPT, prompts: list[list[int]], settings: Settings, tokenizer, purpose: str) -> list[list[int]]:
-    """One response for each prompt, in batches of prompts of like length."""
-    generator = torch.Generator(pi.wte.weight.device).manual_seed(settings.seed)
+    """One response for each prompt, in batches of prompts of like length; each purpose has its own random numbers."""
+    seed = zlib.crc32(f"{settings.seed} {purpose}".encode())
+    generator = torch.Generator(pi.wte.weight.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[]] * len(prompts)
     with tqdm(total=len(prompts), desc=purpose) as bar:
@@ -270,7 +296,7 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: S
     Plain gradient descent with momentum: its steps follow the labels' signal, where those of Adam, which are as large for a
     token seldom seen as for a frequent one, pay most of their KL for noise. What single words are worth is learned in the
     token vectors, at the full rate; the rest moves at a sixteenth of it. The rate falls with beta, as log-ratios do."""
-    pi_theta = copy.deepcopy(pi_ref)
+    pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
     places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
     lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
     batches = [torch.from_numpy(batch).to(preferences.ids.device)
@@ -422,23 +448,26 @@ def draw_figure(path: Path, results: dict, settings: Settings):
     from matplotlib import pyplot as plt
     fig, ax = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     kl, reward, trusted = (np.array([f[name] for f in results["frontier"]]) for name in ("kl", "reward", "trusted"))
-    n = int(trusted.sum())
-    ax.plot(kl[:n], reward[:n], color="0.25", label="the optimum (Eq. 4)")
-    ax.plot(kl[max(n - 1, 0):], reward[max(n - 1, 0):], ":", color="0.25", label=f"... beyond what {settings.samples} samples can tell")
+    n, points, r_ref = int(trusted.sum()), results["points"], results["reference"]["reward"]
+    ax.plot([0, *kl[:n]], [r_ref, *reward[:n]], color="0.25", label="the best of all policies (Eq. 4)")
+    ax.plot(kl[max(n - 1, 0):], reward[max(n - 1, 0):], ":", color="0.25",
+            label=f"beyond what {settings.samples} samples a prompt can tell")
     ax.plot(*zip(*[(b["kl_bound"], b["reward"]) for b in results["best_of_n"]]), "s-", color="0.6", ms=4, lw=1,
-            label="best of N (an upper bound on its KL)")
-    for p in results["points"]:
-        first = p is results["points"][0]
-        if p["optimal_kl"] is not None:
-            ax.plot(p["optimal_kl"], p["optimal_reward"], "o", mfc="white", mec=THETA, ms=9, label="... at each beta" if first else None)
-        ax.errorbar(p["kl"], p["reward"], 2 * p["reward_se"], 2 * p["kl_se"], "o", color=THETA, ms=6,
-                    label="DPO, with two standard errors" if first else None)
-        ax.annotate(f"  beta {p['beta']:g}", (p["kl"], p["reward"]), va="top")
-    ax.plot(0, results["reference"]["reward"], "D", color=REF, ms=8, label="pi_ref")
-    ax.set_xlim(-0.05 * (right := 1.15 * max([0.1] + [p["kl"] for p in results["points"]])), right)
-    ax.set(xlabel="KL(pi_theta, pi_ref), nats per response", ylabel="mean true reward, nats",
+            label="best of N, at an upper bound on its KL")
+    predicted = [p for p in points if p["optimal_kl"] is not None]
+    ax.plot([p["optimal_kl"] for p in predicted], [p["optimal_reward"] for p in predicted], "o", mfc="white", mec=THETA, ms=10,
+            label="where theory puts each $\\beta$")
+    ax.errorbar([p["kl"] for p in points], [p["reward"] for p in points], [2 * p["reward_se"] for p in points],
+                [2 * p["kl_se"] for p in points], "o", color=THETA, ms=5, label="DPO, with two standard errors")
+    for p in points:
+        ax.annotate(f"$\\beta$ = {p['beta']:g}", (p["kl"], p["reward"]), xytext=(8, -12), textcoords="offset points")
+    ax.plot(0, r_ref, "D", color=REF, ms=8, label=r"$\pi_\mathrm{ref}$")
+    right, top = (max(p[name] for p in points) for name in ("kl", "reward"))
+    ax.set_xlim(-0.04 * right, 1.15 * right)
+    ax.set_ylim(r_ref - 0.15 * (top - r_ref), top + 0.35 * (top - r_ref))
+    ax.set(xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response", ylabel="mean true reward, nats",
            title=f"{settings.data}, {settings.labels} labels, {settings.prompts:,} prompts, seed {settings.seed}")
-    ax.legend(loc="lower right", frameon=False)
+    ax.legend(loc="lower right", frameon=False, fontsize="small")
     write(path, lambda part: fig.savefig(part, format="png", dpi=150))
     plt.close(fig)
 
@@ -490,7 +519,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         torch.manual_seed(settings.seed)
         pi = GPT(pi_ref.config).to(device)
         return fine_tune(pi, unpack(world["fine_tune"]), settings).state_dict()
-    pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py fine_tune embedding_from_counts", reference))
+    pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py fine_tune Muon embedding_from_counts", reference))
     pi_ref.requires_grad_(False)
     prompts, K = unpack(world["prompts"]), settings.completions
     def completions() -> dict:
@@ -498,7 +527,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
         rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
         return dict(responses=pack(responses), rewards=rewards.view(-1, K))
-    completed = stage("completions", "reference prompts completions", completions)
+    completed = stage("completions", "reference prompts completions draw", completions)
 
     def label() -> dict:
         responses = in_groups(unpack(completed["responses"]), K)
@@ -515,8 +544,8 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
     def scored() -> dict:
         ids, mask, pairs, weight = data.group(data.read_triplets(out / "triplets.jsonl"))
         return dict(ids=ids, mask=mask, pi_ref=score(pi_ref, ids, mask), pairs=pairs, weight=weight)
-    preferences = dpo.Preferences(**{name: t.to(device) for name, t in stage("scores", "triplets dpo.py", scored).items()})
-    held = stage("held_out", "reference held_out samples labels completions dpo.py hold_out",
+    preferences = dpo.Preferences(**{name: t.to(device) for name, t in stage("scores", "triplets dpo.py score", scored).items()})
+    held = stage("held_out", "reference held_out samples labels completions dpo.py hold_out draw",
                  lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
 
     pairs = dpo.Preferences(*held["pairs"])
@@ -526,7 +555,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
     for beta in settings.beta:
         pi_theta = copy.deepcopy(pi_ref)
         def train_policy() -> dict:
-            trained, records = optimise(pi_ref.requires_grad_(True), preferences, beta, settings)
+            trained, records = optimise(pi_ref, preferences, beta, settings)
             return dict(weights=trained.state_dict(), records=records)
         policy = stage(f"dpo-{beta:g}", "scores batch rate optimise", train_policy)
         pi_theta.load_state_dict(policy["weights"])

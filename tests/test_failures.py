@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dpo
-from worlds import (assert_at_most, assert_same, betas, kl, margins, mean, mild_worlds, minimise, objective, policy,
+from worlds import (Bigram, assert_at_most, assert_same, betas, kl, margins, mean, mild_worlds, minimise, objective, policy,
                     population, population_loss, seeds, uniform, worlds)
 
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -33,6 +33,33 @@ def test_uncertain_preferences_hold_the_margin(gap, beta):
     wins, loses = dpo.dpo_loss(h, ZERO, ZERO, ZERO, beta)[0], dpo.dpo_loss(ZERO, h, ZERO, ZERO, beta)[0]
     p = torch.sigmoid(number(gap))
     assert_same(torch.autograd.grad(p * wins + (1 - p) * loses, h)[0], 0.0)
+
+
+def margin_after_training(loss, steps: int) -> float:
+    """h of one pair that y_w always wins, two responses of one token each, after so many steps of `dpo.train`."""
+    pi = Bigram(torch.zeros(3, 3, dtype=torch.float64))
+    ids, mask = torch.tensor([[[0, 1], [0, 2]]]), torch.tensor([[[False, True]] * 2])
+    pi_ref = dpo.response_logps(pi, ids[0], mask[0]).detach()[None]
+    pair = dpo.Preferences(ids, mask, pi_ref, torch.tensor([[0, 0, 1]]), torch.ones(1))
+    optimizer = torch.optim.SGD(pi.parameters(), lr=0.1)
+    for _ in dpo.train(pi, pair, loss, optimizer, [torch.tensor([0])] * steps):
+        pass
+    theta = dpo.response_logps(pi, ids[0], mask[0]).sum(-1)
+    return (theta[0] - theta[1] - pi_ref.sum(-1)[0, 0] + pi_ref.sum(-1)[0, 1]).item()
+
+
+def test_squared_loss_stops_at_a_margin_that_dpo_runs_past():
+    """y_w always wins  =>  the loss (h - 1/(2 tau))^2 of IPO stops training at h = 1/(2 tau), and Eq. 7 goes on"""
+    tau = 0.2
+
+    def squared(pi_theta, batch):
+        r_hat_w, r_hat_l = dpo.dpo(pi_theta, batch, 1.0)[1:]
+        return (r_hat_w - r_hat_l - 1 / (2 * tau)).square(), r_hat_w, r_hat_l
+
+    def eq_7(pi_theta, batch):
+        return dpo.dpo(pi_theta, batch, 1.0)
+    assert_same(margin_after_training(squared, 200), 1 / (2 * tau))
+    assert margin_after_training(eq_7, 400) > margin_after_training(eq_7, 200) > 1 / (2 * tau)
 
 
 # ---------------------------------------------------------------------------------------------- displacement
@@ -109,11 +136,13 @@ def test_proxy_reward_first_helps_and_then_hurts():
 
 # ---------------------------------------------------------------------------------------------- verbosity
 
-def push_on_length(u, q0: float, gap: int, p: float, beta: float) -> torch.Tensor:
+def push_on_length(u, q0: float, gap: int, p: float, beta: float, alpha: float = 0.0) -> torch.Tensor:
     """dL/du at u = log(1 - q) for geometric lengths, log pi(n) = (n - 1) u + log q, where a response that is longer
-    by gap tokens wins with probability p, against a reference that stops with probability q0."""
+    by gap tokens wins with probability p, against a reference that stops with probability q0. With alpha, the margin
+    becomes z + alpha (|y_w| - |y_l|), as in R-DPO: the reference's log-probability falls by alpha / beta a token."""
     u, u0 = number(u).requires_grad_(), torch.log1p(-number(q0))
     long, short, ref_long, ref_short = [(n - 1) * v + torch.log(-torch.expm1(v)) for v in (u, u0) for n in (1 + gap, 1)]
+    ref_long = ref_long - alpha * gap / beta
     wins, _, _ = dpo.dpo_loss(long, short, ref_long, ref_short, beta)
     loses, _, _ = dpo.dpo_loss(short, long, ref_short, ref_long, beta)
     return torch.autograd.grad(p * wins + (1 - p) * loses, u)[0]
@@ -143,6 +172,14 @@ def test_strong_preference_for_length_makes_it_diverge(q0, gap, p, beta, u):
     """(1 - q0) exp(logit(p) / (beta gap)) >= 1  =>  dL/dlog(1 - q) < 0 at every q: q -> 0, and the length diverges"""
     assume(optimal_u(q0, gap, p, beta) >= 0)
     assert push_on_length(u, q0, gap, p, beta) < 0
+
+
+@given(q0=stops, gap=gaps, p=labels, beta=betas)
+def test_a_length_penalty_restores_the_references_stop_probability(q0, gap, p, beta):
+    """The longer by `gap` wins with probability p, and alpha = logit(p) / gap  =>  R-DPO's optimum is 1 - q = 1 - q0"""
+    alpha, u0 = math.log(p / (1 - p)) / gap, math.log(1 - q0)
+    assert_same(push_on_length(u0, q0, gap, p, beta, alpha), 0.0)
+    assert push_on_length(1.5 * u0, q0, gap, p, beta, alpha) < 0 < push_on_length(u0 / 2, q0, gap, p, beta, alpha)
 
 
 # ---------------------------------------------------------------------------------------------- coverage

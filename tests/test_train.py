@@ -185,3 +185,17 @@ def test_a_large_reward_at_no_kl_is_a_fraction_above_one_and_none_beyond_trust()
     assert fraction(2 * gain, kl) == pytest.approx(2)
     assert fraction(gain, 8.0) is None
     assert curve["trusted"][0] and not curve["trusted"][-1]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 32)])
+def test_muon_is_that_of_torch_to_its_bfloat16(shape):
+    start, grads = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.randn(
+        3, *shape, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for optimizer in (train.Muon, torch.optim.Muon):
+        p = torch.nn.Parameter(start.clone())
+        step = optimizer([p], lr=0.1)
+        for p.grad in grads:
+            step.step()
+        ends.append(p.detach() - start)
+    assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()

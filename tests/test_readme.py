@@ -1,0 +1,59 @@
+"""The README's numbers are those of results/, and its commands are those that run."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def runs(world: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(ROOT.glob(f"results/{world}-[0-9]*/results.json"))]
+
+
+def rows(world: str) -> list[str]:
+    """One row of the README's table for each beta: mean and, over several seeds, standard deviation."""
+    found = runs(world)
+    lines = []
+    for points in zip(*(run["points"] for run in found)):
+        cells = []
+        for name in "reward optimal_reward kl optimal_kl win_rate reward_slope reward_r2 fraction_of_optimal".split():
+            values = [p[name] for p in points]
+            if None in values:
+                cells.append("-")
+            else:
+                spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.2f}{spread}")
+        lines.append(f"| {points[0]['beta']:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+WORLDS = sorted({re.sub(r"-\d+$", "", path.name) for path in ROOT.glob("results/*") if path.is_dir()})
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_tables_are_those_of_the_results(world):
+    for row in rows(world):
+        assert row in README, f"results/{world}-* say {row}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_quoted_facts_of_pi_ref_are_those_of_the_results(world):
+    nats = ", ".join(f"{run['reference']['nats_per_byte']:.3f}" for run in runs(world))
+    seconds = ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in runs(world))
+    assert f"{nats} nats per byte" in README and f"{seconds} s" in README
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name
+    assert not re.search(r"[A-Z]+_(TIME|LAST)", README)
+
+
+def test_the_readmes_three_lines_are_those_of_the_loss():
+    lines = re.search(r"```python\n(.*?)```", README, re.S)[1].strip().splitlines()
+    source = (ROOT / "dpo.py").read_text(encoding="utf-8")
+    assert len(lines) == 3 and all(line in source for line in lines)
