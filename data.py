@@ -253,6 +253,20 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
     return tokenizer_of(tokens)
 
 
+def tokenizer(name: str, texts: list[str], vocab_size: int) -> tiktoken.Encoding:
+    """"reviews": learned from the texts; "gpt2": GPT-2's."""
+    return gpt2_tokenizer() if name == "gpt2" else learn_tokenizer(texts, vocab_size)
+
+
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's encoding, which tiktoken downloads once. Errors: BadInput without a network or a cache of it."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as e:
+        raise BadInput(f"tiktoken could not fetch GPT-2's encoding ({type(e).__name__}); "
+                       "name a folder that holds it in TIKTOKEN_CACHE_DIR, or leave --tokenizer out") from None
+
+
 def tokenizer_of(tokens: list[bytes]) -> tiktoken.Encoding:
     """The encoding whose tokens, in the order they were learned, are these; the end token follows them."""
     ranks = {token: rank for rank, token in enumerate(tokens)}

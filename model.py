@@ -70,11 +70,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """pi(y_t | x, y_<t) as a transformer; weights drawn as GPT-2's are."""
+    """pi(y_t | x, y_<t) as a transformer; weights drawn as GPT-2's are, and kept in float32. With `bf16` set, matrix
+    products are computed in bfloat16."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.bf16 = config, False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -90,10 +91,11 @@ class GPT(nn.Module):
         """Logits (B, T, V) for ids (B, T) that stand at positions start, start + 1, ...; with a `cache` from
         `new_cache` the start tokens before them are remembered from earlier calls, and ids are remembered for later ones."""
         T = ids.size(1)
-        x = self.wte(ids) + self.wpe.weight[start:start + T]                                # (B, T, C)
-        for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], start)
-        return self.ln_f(x) @ self.wte.weight.T
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.wte(ids) + self.wpe.weight[start:start + T]                            # (B, T, C)
+            for i, block in enumerate(self.h):
+                x = block(x, None if cache is None else cache[i], start)
+            return self.ln_f(x) @ self.wte.weight.T
 
     def new_cache(self, B: int) -> Tensor:
         """Room for the keys and values of B sequences: (n_layer, 2, B, nh, context, hs)."""

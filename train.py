@@ -45,13 +45,14 @@ class Settings:
     labels: str = "bt"              # the labels for which each beta has a predicted place; the paper's are "argmax"
     beta: tuple[float, ...] = (0.5, 1.0, 2.0)
     seed: int = 0
+    tokenizer: str = "reviews"      # learned from them; "gpt2" is GPT-2's own, of 50,257 tokens
     vocab_size: int = 1024          # an upper bound: the grammar's words are whole tokens before it is reached
     context: int = 24               # tokens; most reviews of the grammar fit whole
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
     reviews: int = 20_000           # that pi_ref is fine-tuned on
-    steps: int = 400                # of fine-tuning
+    steps: int = 300                # of fine-tuning
     rows: int = 64                  # reviews in a step of fine-tuning
     prompts: int = 10_000           # that preferences are collected on; more prompts help more than more passes over them
     completions: int = 4            # the paper's
@@ -59,7 +60,7 @@ class Settings:
     rate: float = 0.03              # DPO's peak learning rate at beta 1
     held_out: int = 100             # prompts of the evaluation
     samples: int = 512              # of pi_ref for each held-out prompt, which draw the optimal curve
-    answers: int = 64               # of pi_theta for each held-out prompt
+    answers: int = 96               # of pi_theta for each held-out prompt
 
 
 IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=3, n_head=4, n_embd=128, reviews=75_000,
@@ -122,7 +123,7 @@ def toy_world(settings: Settings) -> dict:
     """Reviews of the grammar: for pi_ref, for the prompts, and held out."""
     sizes = settings.reviews, settings.prompts + settings.prompts // 4, 4 * settings.held_out + 500
     reviews = data.toy_reviews(sum(sizes), settings.seed)
-    tokenizer = data.learn_tokenizer(reviews[:20_000], settings.vocab_size)
+    tokenizer = data.tokenizer(settings.tokenizer, reviews[:20_000], settings.vocab_size)
     ends = np.cumsum(sizes)
     return split(tokenizer, reviews[:ends[0]], reviews[ends[0]:ends[1]], reviews[ends[1]:], settings)
 
@@ -146,7 +147,7 @@ def imdb_world(settings: Settings) -> dict:
     print("the true reward's accuracy on test reviews: {whole:.3f} whole, {words_20:.3f} on 20 words".format(**accuracy))
     fine_tune = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
     rng.shuffle(fine_tune), rng.shuffle(texts)
-    tokenizer = data.learn_tokenizer(fine_tune[:8_000], settings.vocab_size)
+    tokenizer = data.tokenizer(settings.tokenizer, fine_tune[:8_000], settings.vocab_size)
     n = len(texts) // 10
     world = split(tokenizer, fine_tune[:settings.reviews], texts[n:], texts[:n], settings)
     return world | dict(accuracy=accuracy, judges={name: (j.weight, j.bias) for name, j in judges.items()})
@@ -161,6 +162,8 @@ def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str]
     if not tuned or len(held) < settings.held_out:
         raise BadInput(f"too few reviews: {len(tuned)} openings to fine-tune on, {len(held)} of {settings.held_out} held-out "
                        "prompts; lower --held-out, or give more reviews")
+    if len(prompts) < settings.prompts:
+        print(f"only {len(prompts)} of {settings.prompts} prompts: there are no more reviews")
     return dict(tokens=[tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)],
                 fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held), unseen=pack(kept))
 
@@ -168,7 +171,8 @@ def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str]
 def fine_tune(pi: GPT, openings: list[list[int]], settings: Settings) -> GPT:
     """Fit pi to the openings: next-token cross-entropy, a mean over tokens; Muon on the blocks' matrices, AdamW on the rest."""
     rng = np.random.default_rng(settings.seed)
-    pi.wte.weight.data.copy_(embedding_from_counts(openings, pi.config.vocab_size, pi.config.n_embd))
+    if pi.config.vocab_size <= 10_000:                  # beyond it, the table of pairs is too large
+        pi.wte.weight.data.copy_(embedding_from_counts(openings, pi.config.vocab_size, pi.config.n_embd))
     matrices = [p for p in pi.h.parameters() if p.ndim == 2]
     rest = [p for p in pi.parameters() if not any(p is m for m in matrices)]
     optimizers = (Muon(matrices, lr=0.015),
@@ -191,8 +195,7 @@ def fine_tune(pi: GPT, openings: list[list[int]], settings: Settings) -> GPT:
 
 def embedding_from_counts(openings: list[list[int]], vocab_size: int, n_embd: int) -> Tensor:
     """Token vectors (V, C) to start from, instead of noise: the leading singular vectors of the positive pointwise mutual
-    information of tokens at most two places apart (Levy and Goldberg 2014). They cost two seconds, and save half of the
-    fine-tuning."""
+    information of tokens at most two places apart (Levy and Goldberg 2014). They cost seconds, and are a head start."""
     ids = torch.tensor([i for opening in openings for i in opening])
     counts = torch.zeros(vocab_size, vocab_size)
     for apart in (1, 2):
@@ -408,6 +411,7 @@ def evaluate(pi_theta: GPT, pi_ref: GPT, beta: float, held: dict, pairs: dpo.Pre
                   regret=regret if predicted else None, regret_se=regret_se if predicted else None)
     if "judge" in rewards_of:
         point["judge_reward"], point["judge_reward_se"] = mean_se(rewards_of["judge"](texts).view(P, M))
+    point = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in point.items()}     # 0 / 0
     return dict(point=point, texts=texts[::M], rewards=r[:, 0])
 
 
@@ -501,23 +505,36 @@ def summary(results: dict) -> str:
 
 # ----------------------------------------------------------------------------- the experiment
 
+def bf16_pays(device: torch.device) -> bool:
+    """Whether matrix products are much faster in bfloat16 here: on GPUs, and on CPUs with units for it (measured)."""
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(1024, 1024, dtype=dtype)
+        began = time.perf_counter()
+        for _ in range(4):
+            x @ x
+        return time.perf_counter() - began
+    return device.type == "cuda" or (device.type == "cpu" and
+                                     min(seconds(torch.float32) for _ in range(3)) > 2 * min(seconds(torch.bfloat16) for _ in range(3)))
+
+
 def run(settings: Settings, out: Path, device: torch.device, show: bool = False) -> dict | None:
     """World, reference, preferences, DPO, evaluation, figure: each made once and kept in `out`. With `show` it ends at the
     preferences, and prints one."""
     stage = Stages(out, settings)
 
     make_world = toy_world if settings.data == "toy" else imdb_world
-    world = stage("world", "data imdb seed vocab_size context reviews prompts held_out data.py toy_world imdb_world split", lambda: make_world(settings))
-    tokenizer = data.tokenizer_of(world["tokens"])
+    world = stage("world", "data imdb seed tokenizer vocab_size context reviews prompts held_out data.py toy_world imdb_world split", lambda: make_world(settings))
+    tokenizer = data.tokenizer_of(world["tokens"]) if settings.tokenizer == "reviews" else data.gpt2_tokenizer()
     rewards_of = ({name: data.Sentiment(*judge) for name, judge in world["judges"].items()} if "judges" in world
                   else {"reward": data.toy_reward})
 
     pi_ref = GPT(GPTConfig(tokenizer.n_vocab, settings.context, settings.n_layer, settings.n_head, settings.n_embd))
-    pi_ref.to(device)
+    pi_ref.to(device).bf16 = bf16_pays(device)
 
     def reference() -> dict:
         torch.manual_seed(settings.seed)
         pi = GPT(pi_ref.config).to(device)
+        pi.bf16 = pi_ref.bf16
         return fine_tune(pi, unpack(world["fine_tune"]), settings).state_dict()
     pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py fine_tune Muon embedding_from_counts", reference))
     pi_ref.requires_grad_(False)
@@ -566,7 +583,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
     reward, reward_se = mean_se(r_ref)
     first, second = r_ref.chunk(2, dim=1)
     results = dict(
-        config=dataclasses.asdict(settings), seconds=stage.seconds,
+        config=dataclasses.asdict(settings), device=str(device), bf16=pi_ref.bf16, seconds=stage.seconds,
         reference=dict(reward=reward, reward_se=reward_se, win_rate=((first - second).sign() + 1).mean().item() / 2,
                        comparisons=first.numel(), nats_per_byte=held["nats_per_byte"],
                        length=held["lengths"].double().mean().item(), judge_reward=held["judge"]),
@@ -606,6 +623,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     add("--data", choices=("toy", "imdb"), default="toy", help="the world: the grammar's reviews (default), or IMDb's")
     add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once into "
         "~/.cache/dpo, or the folder that the environment variable DPO_CACHE names")
+    add("--tokenizer", choices=("reviews", "gpt2"), help="learned from the reviews (default), or GPT-2's, which tiktoken "
+        "downloads once")
     add("--labels", choices=("bt", "soft", "argmax"), help="drawn from Bradley-Terry (default), their expectation, the paper's")
     add("--beta", type=number, nargs="+", metavar="B", help="the price of a nat of KL; one DPO run each")
     add("--seed", type=int, help="of everything that is drawn (default 0)")

@@ -57,3 +57,9 @@ def test_the_readmes_three_lines_are_those_of_the_loss():
     lines = re.search(r"```python\n(.*?)```", README, re.S)[1].strip().splitlines()
     source = (ROOT / "dpo.py").read_text(encoding="utf-8")
     assert len(lines) == 3 and all(line in source for line in lines)
+
+
+def test_the_second_judge_agrees_with_the_reward():
+    for run in runs("imdb"):
+        for point in (*run["points"], run["reference"]):
+            assert abs(point["judge_reward"] - point["reward"]) < 0.1

@@ -199,3 +199,35 @@ def test_muon_is_that_of_torch_to_its_bfloat16(shape):
             step.step()
         ends.append(p.detach() - start)
     assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()
+
+
+GPT2_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", ROOT.parent / "shared" / "tiktoken_cache"))
+
+
+@pytest.mark.skipif(not GPT2_CACHE.is_dir(), reason="GPT-2's encoding is not in a cache of tiktoken's here")
+def test_gpt2s_encoding_can_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
+    assert train.main([*TINY, "--tokenizer", "gpt2", "--beta", "1", "--steps", "3", "--out", str(tmp_path)]) == 0
+    assert torch.load(tmp_path / "reference.pt", weights_only=True)["wte.weight"].size(0) == 50257
+
+
+def test_gpt2s_encoding_out_of_reach_is_one_clear_error(monkeypatch):
+    def unreachable(name):
+        raise ConnectionError
+    monkeypatch.setattr(data.tiktoken, "get_encoding", unreachable)
+    with pytest.raises(data.BadInput, match="TIKTOKEN_CACHE_DIR"):
+        data.tokenizer("gpt2", [], 300)
+
+
+def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
+    """Pitfall 14: pi_theta and pi_ref compute alike; pitfall 16: weights stay in float32."""
+    torch.manual_seed(0)
+    pi = GPT(GPTConfig(50, 8, 2, 2, 32))
+    ids = torch.randint(0, 50, (4, 8))
+    exact = pi(ids)
+    pi.bf16 = True
+    rounded = pi(ids)
+    assert rounded.dtype == torch.bfloat16 and 0 < (rounded.float() - exact).abs().max() < 0.02
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert dpo.response_logps(pi, ids, mask).dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in pi.parameters())
