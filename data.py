@@ -5,7 +5,7 @@ its words. *imdb*: the Large Movie Review Dataset (Maas et al. 2011), and r* is 
 here; it labels and it judges, as in the paper (section 6.1, appendix C.1). Rewards are in nats throughout:
 r*(x, y_1) - r*(x, y_2) is the log-odds that y_1 is preferred (Eq. 1).
 
-What this file does not do: touch a model. It knows text, ids and numbers.
+What this file does not do: touch a GPT. It knows text, ids and numbers.
 """
 import base64
 import hashlib
@@ -126,7 +126,7 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
             for file in tqdm(path.glob("**/*.txt"), desc="reading reviews", unit=""):
                 keep(file.as_posix(), file.read_bytes())
         else:
-            with tarfile.open(path, "r|gz") as archive:
+            with tarfile.open(path, "r|*") as archive:
                 for member in tqdm(archive, desc="reading reviews", unit=""):
                     if member.isfile():
                         keep(member.name, archive.extractfile(member).read())
@@ -174,6 +174,7 @@ class Sentiment:
         words = [cls.words(text) for text in texts]
         target = torch.tensor(positive, dtype=torch.float32)
         weight, bias = torch.zeros(cls.SIZE, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        torch.sparse.check_sparse_tensor_invariants.disable()       # the default, which torch wants said
         optimizer = torch.optim.Adagrad([weight, bias], lr=0.3)
         for _ in tqdm(range(epochs), desc="training the reward"):
             for rows in np.array_split(rng.permutation(len(words)), max(1, len(words) // 256)):
@@ -253,11 +254,6 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
     return tokenizer_of(tokens)
 
 
-def tokenizer(name: str, texts: list[str], vocab_size: int) -> tiktoken.Encoding:
-    """"reviews": learned from the texts; "gpt2": GPT-2's."""
-    return gpt2_tokenizer() if name == "gpt2" else learn_tokenizer(texts, vocab_size)
-
-
 def gpt2_tokenizer() -> tiktoken.Encoding:
     """GPT-2's encoding, which tiktoken downloads once. Errors: BadInput without a network or a cache of it."""
     try:
@@ -304,7 +300,7 @@ def preferences(prompts: list[list[int]], completions: list[list[list[int]]], re
 
     rewards (P, K) nats.  labels: "bt" draws y_w from Bradley-Terry (Eq. 1); "soft" gives both orders, each with its
     probability as weight, which is the expectation of "bt"; "argmax" prefers the higher reward, as the paper does.
-    A pair of identical completions says nothing and is dropped; so is a tie under "argmax". Both are counted.
+    A pair of identical completions says nothing and is dropped, and so is a tie under "argmax"; all are counted.
     """
     triplets, counts = [], dict(pairs=0, ties=0, identical=0)
     for number, (x, ys, r) in enumerate(zip(prompts, completions, rewards.tolist())):
@@ -320,7 +316,7 @@ def preferences(prompts: list[list[int]], completions: list[list[list[int]]], re
             elif labels == "bt":
                 orders = [(i, j, 1.0) if rng.random() < p else (j, i, 1.0)]
             else:
-                orders = [] if tie else [(i, j, 1.0) if p > 0.5 else (j, i, 1.0)]
+                orders = [] if tie else [(i, j, 1.0) if r[i] > r[j] else (j, i, 1.0)]
             counts["pairs"] += len(orders) > 0
             for w, l, weight in orders:
                 triplets.append(dict(

@@ -156,4 +156,5 @@ def train(pi_theta: nn.Module, preferences: Preferences, loss: Loss, optimizer: 
             margin = r_hat_w - r_hat_l
             seen = dict(loss=losses, r_hat_w=r_hat_w, r_hat_l=r_hat_l, margin=margin, accuracy=(margin.sign() + 1) / 2,
                         pi_theta_w=pi.sum(-1)[x, w], pi_theta_l=pi.sum(-1)[x, l])
-            yield {name: (share * value).sum() for name, value in seen.items()} | {"grad_norm": grad_norm}
+            record = {name: (share * value).sum() for name, value in seen.items()} | {"grad_norm": grad_norm}
+        yield record

@@ -3,7 +3,7 @@
     ids (B, T) -> GPT -> logits (B, T, V),   softmax(logits[:, t]) = pi( . | ids[:, :t+1])
 
 Pre-LayerNorm blocks, learned positions, tanh-GELU, biases everywhere, the output matrix tied to the token embedding;
-module names are GPT-2's, so that its weights can be loaded. There is no dropout: `train()` and `eval()` compute the same
+module names are GPT-2's. There is no dropout: `train()` and `eval()` compute the same
 function, as DPO needs (the loss must be ln 2 at its first step). There is no padding mask either: sequences are padded on
 the right, and a causal model never looks there.
 """
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """pi(y_t | x, y_<t) as a transformer; weights drawn as GPT-2's are, and kept in float32. With `bf16` set, matrix
+    """pi(y_t | x, y_<t) as a transformer; weights are drawn as GPT-2's were, and kept in float32. With `bf16` set, matrix
     products are computed in bfloat16."""
 
     def __init__(self, config: GPTConfig):

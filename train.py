@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +43,7 @@ class Settings:
     """What a run depends on. The defaults are the toy world's; `IMDB` below changes what the real one needs."""
     data: str = "toy"
     imdb: str | None = None         # the archive or folder of --data imdb; downloaded if not given
-    labels: str = "bt"              # the labels for which each beta has a predicted place; the paper's are "argmax"
+    labels: str = "bt"              # each beta has a predicted place with these, and with "soft"; not with the paper's "argmax"
     beta: tuple[float, ...] = (0.5, 1.0, 2.0)
     seed: int = 0
     tokenizer: str = "reviews"      # learned from them; "gpt2" is GPT-2's own, of 50,257 tokens
@@ -78,7 +79,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def value(self, need: str) -> object:
-        if need in self.keys:                               # an earlier stage
+        if need in self.keys:                               # an earlier stage (before it, a setting of that name)
             return self.keys[need]
         if need.endswith(".py"):
             return Path(__file__).with_name(need).read_text(encoding="utf-8")
@@ -98,7 +99,7 @@ class Stages:
             done[name] = dict(key=key, seconds=time.perf_counter() - began)
             write(self.log, lambda part: part.write_text(json.dumps(done, indent=1)))
         self.seconds[name] = done[name]["seconds"]
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write(path: Path, save: Callable[[Path], object]):
@@ -123,7 +124,7 @@ def toy_world(settings: Settings) -> dict:
     """Reviews of the grammar: for pi_ref, for the prompts, and held out."""
     sizes = settings.reviews, settings.prompts + settings.prompts // 4, 4 * settings.held_out + 500
     reviews = data.toy_reviews(sum(sizes), settings.seed)
-    tokenizer = data.tokenizer(settings.tokenizer, reviews[:20_000], settings.vocab_size)
+    tokenizer = choose_tokenizer(settings, reviews[:min(20_000, settings.reviews)])
     ends = np.cumsum(sizes)
     return split(tokenizer, reviews[:ends[0]], reviews[ends[0]:ends[1]], reviews[ends[1]:], settings)
 
@@ -147,14 +148,18 @@ def imdb_world(settings: Settings) -> dict:
     print("the true reward's accuracy on test reviews: {whole:.3f} whole, {words_20:.3f} on 20 words".format(**accuracy))
     fine_tune = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
     rng.shuffle(fine_tune), rng.shuffle(texts)
-    tokenizer = data.tokenizer(settings.tokenizer, fine_tune[:8_000], settings.vocab_size)
+    tokenizer = choose_tokenizer(settings, fine_tune[:8_000])
     n = len(texts) // 10
     world = split(tokenizer, fine_tune[:settings.reviews], texts[n:], texts[:n], settings)
     return world | dict(accuracy=accuracy, judges={name: (j.weight, j.bias) for name, j in judges.items()})
 
 
+def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
+    return data.gpt2_tokenizer() if settings.tokenizer == "gpt2" else data.learn_tokenizer(texts, settings.vocab_size)
+
+
 def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str], settings: Settings) -> dict:
-    """A world: the tokenizer's tokens, the openings that pi_ref learns from, and prompts that it never saw."""
+    """A world: the tokenizer's tokens, the openings that pi_ref learns from, and prompts from other reviews."""
     rng = random.Random(settings.seed)
     tuned, asked, kept = (data.openings(reviews, tokenizer, settings.context) for reviews in (fine_tune, asked, held_out))
     prompts = data.prompts_of(asked, tokenizer, rng)[:settings.prompts]
@@ -298,7 +303,8 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: S
 
     Plain gradient descent with momentum: its steps follow the labels' signal, where those of Adam, which are as large for a
     token seldom seen as for a frequent one, pay most of their KL for noise. What single words are worth is learned in the
-    token vectors, at the full rate; the rest moves at a sixteenth of it. The rate falls with beta, as log-ratios do."""
+    token vectors, at the full rate; the rest moves at a sixteenth of it. The rate falls as beta rises, since
+    log-ratios do; its power was found by trial."""
     pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
     places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
     lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
@@ -316,7 +322,10 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: S
         records.append(record)
         if len(records) % 20 == 0:
             bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**record))
-    return pi_theta, {name: torch.stack([r[name] for r in records]).cpu() for name in records[0]}
+    seen = {name: torch.stack([r[name] for r in records]).cpu() for name in records[0]}
+    if not all(values.isfinite().all() for values in seen.values()):
+        raise BadInput(f"DPO diverged at beta {beta:g}: lower --rate")
+    return pi_theta, seen
 
 
 # ----------------------------------------------------------------------------- evaluation, and the optimum beside it
@@ -391,7 +400,7 @@ def evaluate(pi_theta: GPT, pi_ref: GPT, beta: float, held: dict, pairs: dpo.Pre
     ceiling = {"bt": torch.sigmoid(gap.abs()).mean(), "soft": torch.sigmoid(gap.abs()).mean(), "argmax": torch.ones(())}
 
     marks = [t.mean().item() for t in dpo.frontier(ref.double(), beta)[:2]]
-    predicted = bool(curve["trusted"][np.searchsorted(-BETAS, -beta).clip(max=len(BETAS) - 1)]) and settings.labels != "argmax"
+    predicted = beta >= BETAS[-1] and bool(curve["trusted"][np.searchsorted(-BETAS, -beta).clip(max=len(BETAS) - 1)]) and settings.labels != "argmax"
     fraction, fraction_se = fraction_of_optimal(curve, *(v.double().mean(1).numpy() for v in (ref, r, kl)))
     _, log_Z = dpo.optimal_policy(torch.full_like(ref, -math.log(ref.size(1))).double(), ref.double(), beta)
     regret, regret_se = mean_se(beta * log_Z[:, None] - (r - beta * kl).double().mean(1, keepdim=True))
@@ -497,8 +506,9 @@ def summary(results: dict) -> str:
     fractions = [p["fraction_of_optimal"] for p in points if p["fraction_of_optimal"] is not None]
     ordered = sorted(points, key=lambda p: p["beta"])
     falls = all(a["kl"] > b["kl"] for a, b in zip(ordered, ordered[1:]))
+    direction = f"KL falls as beta rises: {'seen' if falls else 'not seen'}. " * (len(points) > 1)
     return "\n".join((f"pi_ref: reward {r_ref['reward']:.2f}, {r_ref['nats_per_byte']:.3f} nats per byte on unseen openings",
-                      *lines, f"KL falls as beta rises: {'seen' if falls else 'not seen'}. " +
+                      *lines, direction +
                       (f"Of the gain that is possible at its KL, DPO reached {min(fractions):.0%} to {max(fractions):.0%}."
                        if fractions else f"No KL is within what {results['config']['samples']} samples can tell of the optimum.")))
 
@@ -524,19 +534,19 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
 
     make_world = toy_world if settings.data == "toy" else imdb_world
     world = stage("world", "data imdb seed tokenizer vocab_size context reviews prompts held_out data.py toy_world imdb_world split", lambda: make_world(settings))
-    tokenizer = data.tokenizer_of(world["tokens"]) if settings.tokenizer == "reviews" else data.gpt2_tokenizer()
+    tokenizer = data.gpt2_tokenizer() if settings.tokenizer == "gpt2" else data.tokenizer_of(world["tokens"])
     rewards_of = ({name: data.Sentiment(*judge) for name, judge in world["judges"].items()} if "judges" in world
                   else {"reward": data.toy_reward})
 
     pi_ref = GPT(GPTConfig(tokenizer.n_vocab, settings.context, settings.n_layer, settings.n_head, settings.n_embd))
-    pi_ref.to(device).bf16 = bf16_pays(device)
+    pi_ref.to(device).bf16 = stage("bf16", "", lambda: bf16_pays(device))      # decided once: stages do not mix precisions
 
     def reference() -> dict:
         torch.manual_seed(settings.seed)
         pi = GPT(pi_ref.config).to(device)
         pi.bf16 = pi_ref.bf16
         return fine_tune(pi, unpack(world["fine_tune"]), settings).state_dict()
-    pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py fine_tune Muon embedding_from_counts", reference))
+    pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py fine_tune Muon embedding_from_counts token_nll padded like_lengths warm_then_linear bf16", reference))
     pi_ref.requires_grad_(False)
     prompts, K = unpack(world["prompts"]), settings.completions
     def completions() -> dict:
@@ -550,6 +560,8 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         responses = in_groups(unpack(completed["responses"]), K)
         triplets, counts = data.preferences(prompts, responses, completed["rewards"], tokenizer, settings.labels,
                                             random.Random(settings.seed))
+        if not triplets:
+            raise BadInput("no preferences: all pairs are identical or tied; raise --prompts or --steps")
         write(out / "triplets.jsonl", lambda part: data.write_triplets(triplets, part))
         return counts
     counts = stage("triplets", "completions labels", label)
@@ -562,7 +574,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         ids, mask, pairs, weight = data.group(data.read_triplets(out / "triplets.jsonl"))
         return dict(ids=ids, mask=mask, pi_ref=score(pi_ref, ids, mask), pairs=pairs, weight=weight)
     preferences = dpo.Preferences(**{name: t.to(device) for name, t in stage("scores", "triplets dpo.py score", scored).items()})
-    held = stage("held_out", "reference held_out samples labels completions dpo.py hold_out draw",
+    held = stage("held_out", "reference held_out samples labels completions dpo.py hold_out draw score token_nll",
                  lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
 
     pairs = dpo.Preferences(*held["pairs"])
@@ -574,9 +586,9 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
         def train_policy() -> dict:
             trained, records = optimise(pi_ref, preferences, beta, settings)
             return dict(weights=trained.state_dict(), records=records)
-        policy = stage(f"dpo-{beta:g}", "scores batch rate optimise", train_policy)
+        policy = stage(f"dpo-{beta}", "scores batch rate optimise like_lengths warm_then_linear", train_policy)
         pi_theta.load_state_dict(policy["weights"])
-        evaluations.append(stage(f"evaluation-{beta:g}", f"dpo-{beta:g} held_out answers evaluate optimal_curve fraction_of_optimal", lambda: evaluate(
+        evaluations.append(stage(f"evaluation-{beta}", f"dpo-{beta} held_out answers evaluate draw optimal_curve fraction_of_optimal", lambda: evaluate(
             pi_theta, pi_ref, beta, held, pairs, curve, tokenizer, settings, rewards_of)))
 
     r_ref = held["rewards"]
@@ -610,6 +622,12 @@ def positive(kind: type) -> Callable[[str], float]:
     return parse_number
 
 
+def seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2 ** 63:
+        raise ValueError
+    return value
+
+
 def usable_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
@@ -627,11 +645,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
         "downloads once")
     add("--labels", choices=("bt", "soft", "argmax"), help="drawn from Bradley-Terry (default), their expectation, the paper's")
     add("--beta", type=number, nargs="+", metavar="B", help="the price of a nat of KL; one DPO run each")
-    add("--seed", type=int, help="of everything that is drawn (default 0)")
+    add("--seed", type=seed, help="of everything that is drawn (default 0)")
     add("--reviews", type=count, metavar="N", help="that pi_ref is fine-tuned on")
     add("--steps", type=count, metavar="N", help="of fine-tuning")
     add("--prompts", type=count, metavar="N", help="that preferences are collected on")
-    add("--rate", type=number, help="DPO's peak learning rate at beta 1")
+    add("--rate", type=number, help="DPO's peak learning rate at beta 1; it is scaled by beta^-1.25")
     add("--batch", type=count, metavar="N", help="prompts in a step of DPO")
     add("--held-out", type=count, metavar="N", help="prompts of the evaluation")
     add("--samples", type=count, metavar="N", help="of pi_ref for each held-out prompt; more extend the trusted curve")
@@ -640,8 +658,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     add("--show", action="store_true", help="print one triplet token by token, its mask in brackets, and stop")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name, None) is not None}
+    if args.imdb and args.data != "imdb":
+        parser.error("--imdb PATH needs --data imdb")
     settings = Settings(**(IMDB if args.data == "imdb" else {}) | given)
-    return args, dataclasses.replace(settings, beta=tuple(settings.beta))
+    if settings.held_out < 2 or settings.samples < 8 or settings.samples % settings.completions:
+        parser.error(f"--held-out needs at least 2, --samples a multiple of {settings.completions} from 8")
+    return args, dataclasses.replace(settings, beta=tuple(dict.fromkeys(settings.beta)))
 
 
 def keep_freed_memory():

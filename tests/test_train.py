@@ -48,7 +48,7 @@ def test_the_experiment_writes_all_that_it_promises(out):
     for point in results["points"]:
         assert set(FIELDS) <= set(point)
         assert 0 <= point["win_rate"] <= 1 and point["kl"] > 0 and point["kl_p99"] >= point["kl_median"]
-    assert results["seconds"].keys() >= {"world", "reference", "completions", "triplets", "dpo-0.5", "evaluation-2"}
+    assert results["seconds"].keys() >= {"world", "reference", "completions", "triplets", "dpo-0.5", "evaluation-2.0"}
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert "pi_ref" in (out / "samples.txt").read_text() and "beta 0.5" in (out / "samples.txt").read_text()
     assert not list(out.glob("*.part"))
@@ -75,7 +75,7 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(out, tmp_p
     before = made(out)
     assert train.main([*TINY, "--beta", "0.5", "1", "--rate", "0.02", "--out", str(out)]) == 0
     changed = {name for name, when in made(out).items() if before.get(name) != when}
-    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.pt", "evaluation-1.pt"}
+    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.0.pt", "evaluation-1.0.pt"}
 
 
 def test_the_same_seed_gives_the_same_results(out, tmp_path):
@@ -130,7 +130,7 @@ def test_imdb_runs_from_an_archive_in_the_real_layout(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", ["--unknown 1", "--beta 0", "--beta nan", "--beta -1", "--prompts 0", "--labels best",
                                    "--data nowhere", "--data imdb --imdb nowhere.tar.gz", "--rate inf", "--seed x",
-                                   "--device abacus"])
+                                   "--device abacus", "--seed -1", "--held-out 1", "--samples 30", "--imdb somewhere"])
 def test_bad_input_is_one_clear_line_and_exit_code_2(flags, tmp_path, capsys):
     try:
         code = train.main([*flags.split(), "--out", str(tmp_path)])
@@ -216,11 +216,11 @@ def test_gpt2s_encoding_out_of_reach_is_one_clear_error(monkeypatch):
         raise ConnectionError
     monkeypatch.setattr(data.tiktoken, "get_encoding", unreachable)
     with pytest.raises(data.BadInput, match="TIKTOKEN_CACHE_DIR"):
-        data.tokenizer("gpt2", [], 300)
+        data.gpt2_tokenizer()
 
 
 def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
-    """Pitfall 14: pi_theta and pi_ref compute alike; pitfall 16: weights stay in float32."""
+    """pi_theta and pi_ref compute alike, and weights stay in float32. pitfalls 14, 16"""
     torch.manual_seed(0)
     pi = GPT(GPTConfig(50, 8, 2, 2, 32))
     ids = torch.randint(0, 50, (4, 8))
@@ -231,3 +231,19 @@ def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
     mask = torch.ones_like(ids, dtype=torch.bool)
     assert dpo.response_logps(pi, ids, mask).dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in pi.parameters())
+
+
+def test_a_rate_that_diverges_is_one_clear_error(tmp_path, capsys):
+    assert train.main([*TINY, "--beta", "1", "--rate", "1e30", "--out", str(tmp_path)]) == 2
+    assert "lower --rate" in capsys.readouterr().err and not (tmp_path / "dpo-1.0.pt").exists()
+
+
+def test_the_loop_leaves_gradients_on_for_its_caller():
+    pi = GPT(GPTConfig(7, 6, 1, 1, 8))
+    ids = torch.randint(0, 7, (1, 2, 6))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    batch = dpo.Preferences(ids, mask, dpo.response_logps(pi, ids[0], mask[0]).detach()[None], torch.tensor([[0, 0, 1]]),
+                            torch.ones(1))
+    steps = dpo.train(pi, batch, lambda t, b: dpo.dpo(t, b, 1.0), torch.optim.SGD(pi.parameters(), 0.1), [torch.tensor([0])] * 2)
+    next(steps)
+    assert torch.is_grad_enabled()
