@@ -133,7 +133,7 @@ def test_reward_is_recovered_from_its_optimal_policy(w):
 
 @given(w=worlds)
 def test_partition_function_cancels_from_preferences(w):
-    """pi_r optimal for r  =>  p* from beta log pi_r / pi_ref alone is p* from r.  Eq. 6"""
+    """pi_r optimal for r  =>  p* from beta log pi_r / pi_ref alone is p* from r.  Eq. 6, and Eq. 16 and 17"""
     r_hat = dpo.implicit_reward(dpo.optimal_policy(w.pi_ref, w.r, w.beta)[0], w.pi_ref, w.beta)
     assert_same(torch.sigmoid(r_hat[:, None] - r_hat), dpo.bradley_terry(w.r[:, None], w.r))
 
@@ -211,7 +211,7 @@ def test_a_lower_loss_need_not_raise_the_chosen_response():
 @given(w=worlds)
 def test_gradient_is_weighted_by_how_wrong_the_implicit_reward_is(w):
     """pi = softmax(logits)  =>  grad L = -beta s(r_hat_l - r_hat_w) (grad log pi(y_w) - grad log pi(y_l)).  Section 4's
-    gradient; grad log pi(y) = one_hot(y) - pi"""
+    gradient, Eq. 21 and 22; grad log pi(y) = one_hot(y) - pi"""
     logits = w.pi.clone().requires_grad_()
     log_pi = logits.log_softmax(-1)
     grad, = torch.autograd.grad(dpo.dpo_loss(log_pi[0], log_pi[1], w.pi_ref[0], w.pi_ref[1], w.beta)[0], logits)
@@ -331,7 +331,7 @@ def test_normalised_objective_is_minus_a_divergence(w):
 
 @given(w=worlds)
 def test_objective_is_its_maximum_minus_a_divergence(w):
-    """pi any policy  =>  J(pi) = beta log Z - beta KL(pi, pi_r).  Eq. 11 to 14"""
+    """pi any policy  =>  J(pi) = beta log Z - beta KL(pi, pi_r).  Eq. 11 to 15"""
     pi_r, log_Z = dpo.optimal_policy(w.pi_ref, w.r, w.beta)
     assert_same(objective(w.pi, w), w.beta * log_Z - w.beta * kl(w.pi, pi_r))
 
