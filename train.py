@@ -595,7 +595,7 @@ def run(settings: Settings, out: Path, device: torch.device, show: bool = False)
     reward, reward_se = mean_se(r_ref)
     first, second = r_ref.chunk(2, dim=1)
     results = dict(
-        config=dataclasses.asdict(settings), device=str(device), bf16=pi_ref.bf16, seconds=stage.seconds,
+        config=dataclasses.asdict(settings) | dict(imdb=settings.imdb and Path(settings.imdb).name), device=str(device), bf16=pi_ref.bf16, seconds=stage.seconds,
         reference=dict(reward=reward, reward_se=reward_se, win_rate=((first - second).sign() + 1).mean().item() / 2,
                        comparisons=first.numel(), nats_per_byte=held["nats_per_byte"],
                        length=held["lengths"].double().mean().item(), judge_reward=held["judge"]),

@@ -121,7 +121,7 @@ def test_imdb_runs_from_an_archive_in_the_real_layout(tmp_path, capsys):
     assert train.main(argv + "--steps 5 --prompts 12 --held-out 4 --samples 64 --batch 6".split()) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"whole", "words_20"} <= set(results["classifier"])
-    assert results["points"][0]["judge_reward"] is not None
+    assert math.isfinite(results["points"][0]["judge_reward"]) and results["config"]["imdb"] == "small.tar.gz"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "small.tar.gz"]
     assert train.main([*argv, "--held-out", "5000"]) == 2 and "too few reviews" in capsys.readouterr().err
 
@@ -201,12 +201,8 @@ def test_muon_is_that_of_torch_to_its_bfloat16(shape):
     assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()
 
 
-GPT2_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", ROOT.parent / "shared" / "tiktoken_cache"))
-
-
-@pytest.mark.skipif(not GPT2_CACHE.is_dir(), reason="GPT-2's encoding is not in a cache of tiktoken's here")
-def test_gpt2s_encoding_can_be_chosen(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's encoding")
+def test_gpt2s_encoding_can_be_chosen(tmp_path):
     assert train.main([*TINY, "--tokenizer", "gpt2", "--beta", "1", "--steps", "3", "--out", str(tmp_path)]) == 0
     assert torch.load(tmp_path / "reference.pt", weights_only=True)["wte.weight"].size(0) == 50257
 
