@@ -218,8 +218,8 @@ def embedding_from_counts(openings: list[list[int]], vocab_size: int, n_embd: in
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose singular values are all brought near 1 before each step (Jordan et al. 2024), for matrices. As
-    `torch.optim.Muon`, but in float32: that one iterates in bfloat16, which most CPUs emulate, and takes as long as the
-    rest of the step."""
+    `torch.optim.Muon`, but in float32: that one iterates in bfloat16, which is slow on a CPU without units
+    for it."""
 
     def __init__(self, params, lr: float):
         super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.1))
@@ -301,8 +301,8 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: Settings) -> tuple[GPT, dict[str, Tensor]]:
     """pi_theta, trained by DPO from pi_ref in one pass over the prompts, and what each step saw.
 
-    Plain gradient descent with momentum: its steps follow the labels' signal, where those of Adam, which are as large for a
-    token seldom seen as for a frequent one, pay most of their KL for noise. What single words are worth is learned in the
+    Plain gradient descent with momentum: Adam did worse here at equal KL, as its steps are as large for a token seldom
+    seen as for a frequent one. What single words are worth is learned in the
     token vectors, at the full rate; the rest moves at a sixteenth of it. The rate falls as beta rises, since
     log-ratios do; its power was found by trial."""
     pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
@@ -469,7 +469,7 @@ def draw_figure(path: Path, results: dict, settings: Settings):
             label="best of N, at an upper bound on its KL")
     predicted = [p for p in points if p["optimal_kl"] is not None]
     ax.plot([p["optimal_kl"] for p in predicted], [p["optimal_reward"] for p in predicted], "o", mfc="white", mec=THETA, ms=10,
-            label="where theory puts each $\\beta$")
+            label="where theory puts each $\\beta$" if predicted else None)
     ax.errorbar([p["kl"] for p in points], [p["reward"] for p in points], [2 * p["reward_se"] for p in points],
                 [2 * p["kl_se"] for p in points], "o", color=THETA, ms=5, label="DPO, with two standard errors")
     for p in points:
@@ -667,8 +667,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
 
 
 def keep_freed_memory():
-    """Ask glibc not to hand large freed blocks back to the system, which costs a fifth of a step on a CPU: each logits
-    tensor would be paged in anew. Other systems are left as they are."""
+    """Ask glibc not to hand large freed blocks back to the system, so that each logits tensor need not be paged in
+    anew. Other systems are left as they are."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter in (-1, -2, -3):                  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
             libc.mallopt(parameter, 1 << 30)

@@ -63,3 +63,8 @@ def test_the_second_judge_agrees_with_the_reward():
     for run in runs("imdb"):
         for point in (*run["points"], run["reference"]):
             assert abs(point["judge_reward"] - point["reward"]) < 0.1
+
+
+def test_as_many_wrong_edits_are_caught_as_the_readme_says():
+    from test_teeth import EDITS
+    assert f"{len(EDITS)} wrong edits" in README
