@@ -7,9 +7,10 @@ r*(x, y_1) - r*(x, y_2) is the log-odds that y_1 is preferred (Eq. 1).
 
 What this file does not do: touch a GPT. It knows text, ids and numbers.
 """
-import base64
+import gzip
 import hashlib
 import heapq
+import http.client
 import json
 import math
 import os
@@ -19,9 +20,12 @@ import tarfile
 import urllib.request
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
@@ -33,6 +37,30 @@ from tqdm import tqdm
 
 class BadInput(Exception):
     """Something the user gave cannot be used; the message says what and what to do about it."""
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """The door through which every file is read: whatever a missing or damaged one raises becomes a BadInput naming it."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:          # there is no list of what a parser may raise on bytes that somebody made up
+        raise BadInput(f"{path}: cannot be read as {what} ({str(e) or type(e).__name__})") from None
+
+
+def write(path: Path, content: bytes):
+    """A file that appears whole or not at all, whatever happens meanwhile: temporary name, fsync, rename."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------- the toy world: a grammar of film reviews
@@ -83,37 +111,59 @@ ARCHIVE_BYTES, ARCHIVE_MD5 = 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
 MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt$")
 
 
+def cache() -> Path:
+    """The folder of what is downloaded, which the environment variable DPO_CACHE can move."""
+    return Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo")
+
+
 def download_imdb(folder: Path) -> Path:
     """Fetch the archive once: to a temporary name, checked, then renamed. Errors: BadInput (no network, wrong bytes)."""
     path = folder / "aclImdb_v1.tar.gz"
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {ARCHIVE} ({ARCHIVE_BYTES / 1e6:.0f} MB) into {folder}")
     part = path.with_suffix(".part")
     md5 = hashlib.md5()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(ARCHIVE, timeout=60) as source, open(part, "wb") as f, \
                 tqdm(total=ARCHIVE_BYTES, unit="B", unit_scale=True, desc="downloading") as bar:
-            while block := source.read(1 << 16):
+            if not source.geturl().startswith("https://"):
+                raise OSError(f"it is redirected to {source.geturl()}, which is not https")
+            while bar.n <= ARCHIVE_BYTES and (block := source.read(1 << 16)):
                 f.write(block)
                 md5.update(block)
                 bar.update(len(block))
-    except OSError as e:
+            if (bar.n, md5.hexdigest()) != (ARCHIVE_BYTES, ARCHIVE_MD5):
+                raise OSError("what arrived is not the archive: its size or md5 differs")
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as e:
+        raise BadInput(f"{ARCHIVE} could not be downloaded ({e}); try again, or name a copy of it with --imdb PATH") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise BadInput(f"{ARCHIVE} could not be downloaded ({e}); "
-                       "fetch it in another way and name it with --imdb PATH") from None
-    if part.stat().st_size != ARCHIVE_BYTES or md5.hexdigest() != ARCHIVE_MD5:
-        part.unlink()
-        raise BadInput(f"{ARCHIVE} did not arrive whole (size or md5 differ); try again, or name a copy with --imdb PATH")
-    os.replace(part, path)
     return path
+
+
+class Bounded:
+    """A file that gives no more than `limit` bytes: a small archive can unpack to any size."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self.file, self.left = file, limit
+
+    def read(self, n: int) -> bytes:
+        block = self.file.read(n)
+        self.left -= len(block)
+        if self.left < 0:
+            raise OSError("it unpacks to far more than the reviews of IMDb")
+        return block
 
 
 def read_imdb(path: Path) -> dict[str, list[str]]:
     """The reviews in an archive (read as a stream: nothing is ever unpacked to disk) or in an unpacked folder, by the
     names "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg", in the order of their numbers.
 
-    Errors: BadInput if there is no such path, it is no archive or a damaged one, or no labelled reviews are in it.
+    Errors: BadInput if there is no such path, it is no archive or a damaged one, or labelled reviews are missing from it.
     """
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
 
@@ -121,17 +171,20 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
         if m := MEMBER.search(name):
             clean = text.decode("utf-8", errors="replace").replace("<br />", " ")
             found[f"{m[1]}/{m[2]}"].append((int(m[3]), " ".join(clean.split())))
-    try:
+
+    with reading(path, "the IMDb archive or its unpacked folder"):
         if path.is_dir():
             for file in tqdm(path.glob("**/*.txt"), desc="reading reviews", unit=""):
                 keep(file.as_posix(), file.read_bytes())
         else:
-            with tarfile.open(path, "r|*") as archive:
-                for member in tqdm(archive, desc="reading reviews", unit=""):
-                    if member.isfile():
-                        keep(member.name, archive.extractfile(member).read())
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as e:
-        raise BadInput(f"{path}: cannot be read as the IMDb archive or folder ({e})") from None
+            with open(path, "rb") as file:
+                stream = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+                with tarfile.open(fileobj=Bounded(stream, 1 << 30), mode="r|") as archive:
+                    for member in tqdm(archive, desc="reading reviews", unit=""):
+                        if not (member.isfile() or member.isdir()) or {"", ".."} & set(member.name.split("/")):
+                            raise OSError(f"{member.name!r} is a link, a device, or leads out of its folder")
+                        if member.isfile():
+                            keep(member.name, archive.extractfile(member).read())
     if missing := [name for name in ("train/pos", "train/neg", "test/pos", "test/neg") if not found[name]]:
         raise BadInput(f"{path}: no reviews under {', '.join(missing)}; expected aclImdb/train/pos/0_9.txt and so on")
     return {name: [text for _, text in sorted(reviews)] for name, reviews in found.items()}
@@ -199,7 +252,8 @@ class Sentiment:
 
 # ----------------------------------------------------------------------------- byte-level BPE, run by tiktoken
 
-PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+"    # words keep their space
+# Words keep their space, as GPT-2's do. No piece is longer than 40 characters, since learning from one takes the square of it.
+PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]{1,40}| ?\d{1,40}| ?(?:[^\s\w]|_){1,40}|\s{1,40}(?!\S)|\s{1,40}"
 END = "<|endoftext|>"
 
 
@@ -255,16 +309,26 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's encoding, which tiktoken downloads once. Errors: BadInput without a network or a cache of it."""
+    """GPT-2's encoding, which tiktoken downloads once. Errors: BadInput without a network or a copy of it."""
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache()))
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise BadInput(f"tiktoken could not fetch GPT-2's encoding ({type(e).__name__}); "
                        "name a folder that holds it in TIKTOKEN_CACHE_DIR, or leave --tokenizer out") from None
 
 
-def tokenizer_of(tokens: list[bytes]) -> tiktoken.Encoding:
-    """The encoding whose tokens, in the order they were learned, are these; the end token follows them."""
+def tokens_of(tokenizer: tiktoken.Encoding) -> list[bytes] | None:
+    """What an encoding is made of, to be saved: its tokens in the order they were learned; None for GPT-2's."""
+    if tokenizer.name == "gpt2":
+        return None
+    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
+
+
+def tokenizer_of(tokens: list[bytes] | None) -> tiktoken.Encoding:
+    """`tokens_of` undone: the encoding whose tokens these are; the end token follows them."""
+    if tokens is None:
+        return gpt2_tokenizer()
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding("reviews", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
@@ -310,7 +374,7 @@ def preferences(prompts: list[list[int]], completions: list[list[list[int]]], re
                 continue
             tie = r[i] == r[j]
             counts["ties"] += tie
-            p = 1 / (1 + math.exp(r[j] - r[i]))
+            p = (1 + math.tanh((r[i] - r[j]) / 2)) / 2          # Eq. 1
             if labels == "soft":
                 orders = [(i, j, p), (j, i, 1 - p)]
             elif labels == "bt":
@@ -318,12 +382,16 @@ def preferences(prompts: list[list[int]], completions: list[list[list[int]]], re
             else:
                 orders = [] if tie else [(i, j, 1.0) if r[i] > r[j] else (j, i, 1.0)]
             counts["pairs"] += len(orders) > 0
-            for w, l, weight in orders:
-                triplets.append(dict(
-                    prompt=tokenizer.decode(x), chosen=text_of(ys[w], tokenizer), rejected=text_of(ys[l], tokenizer),
-                    prompt_ids=x, chosen_ids=ys[w], rejected_ids=ys[l],
-                    reward_chosen=r[w], reward_rejected=r[l], weight=weight, number=number))
+            triplets += [triplet(x, ys[w], ys[l], tokenizer, weight, number) | dict(reward_chosen=r[w], reward_rejected=r[l])
+                         for w, l, weight in orders]
     return triplets, counts
+
+
+def triplet(x: list[int], y_w: list[int], y_l: list[int], tokenizer: tiktoken.Encoding, weight: float, number: int) -> dict:
+    """A preference as it is kept: the texts, which others read; the ids, which are what is scored (a text need not encode
+    back to the ids that were sampled); the weight of this order of the pair; and the prompt's number."""
+    return dict(prompt=tokenizer.decode(x), chosen=text_of(y_w, tokenizer), rejected=text_of(y_l, tokenizer),
+                prompt_ids=x, chosen_ids=y_w, rejected_ids=y_l, weight=weight, number=number)
 
 
 def text_of(ids: list[int], tokenizer: tiktoken.Encoding) -> str:
@@ -332,16 +400,71 @@ def text_of(ids: list[int], tokenizer: tiktoken.Encoding) -> str:
 
 
 def write_triplets(triplets: list[dict], path: Path):
-    """One JSON object a line: the texts as `prompt`, `chosen`, `rejected`; the ids that were sampled (what is scored: a
-    text need not encode back to them); both rewards; the weight; the prompt's number."""
-    with open(path, "w", encoding="utf-8") as f:
-        for triplet in triplets:
-            f.write(json.dumps(triplet) + "\n")
+    """One JSON object a line, with the texts as `prompt`, `chosen`, `rejected`."""
+    write(path, "".join(json.dumps(triplet) + "\n" for triplet in triplets).encode())
 
 
-def read_triplets(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+def read_pairs(path: Path) -> list[dict]:
+    """Anybody's preferences: one JSON object a line with `prompt`, `chosen` and `rejected` as strings (TRL's standard
+    format, and what `write_triplets` writes), and perhaps a `weight`; whatever else is there is left alone.
+
+    Errors: BadInput, which names the line.
+    """
+    pairs = []
+    with reading(path, "preferences"), open(path, "rb") as f:
+        for k, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
+            if line.strip():
+                pairs.append(pair_of(line, f"{path}, line {k}"))
+    if not pairs:
+        raise BadInput(f"{path}: is empty; expected one JSON object a line with prompt, chosen and rejected")
+    return pairs
+
+
+LONGEST_LINE = 4 << 20          # bytes
+
+
+def pair_of(line: bytes, place: str) -> dict:
+    """One line of `read_pairs`, checked."""
+    if len(line) > LONGEST_LINE:
+        raise BadInput(f"{place}: longer than {LONGEST_LINE >> 20} MB")
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()                # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{place}: not JSON in UTF-8 ({e})") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{place}: not a JSON object with prompt, chosen and rejected")
+    for name in ("prompt", "chosen", "rejected"):
+        if name not in row:
+            raise BadInput(f"{place}: has no {name}; python -m beyond.convert makes this format of others")
+        if not isinstance(row[name], str):
+            raise BadInput(f"{place}: {name} is not a string; python -m beyond.convert makes this format of others")
+        if not row[name]:
+            raise BadInput(f"{place}: {name} is empty")
+    if row["chosen"] == row["rejected"]:
+        raise BadInput(f"{place}: chosen and rejected are identical, which says nothing; leave the pair out")
+    weight = row.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise BadInput(f"{place}: weight is not a number from zero on")
+    return {name: row[name] for name in ("prompt", "chosen", "rejected")} | dict(weight=float(weight))
+
+
+def encode_pairs(pairs: list[dict], tokenizer: tiktoken.Encoding, context: int, K: int = 4) -> list[dict]:
+    """Pairs of `read_pairs` as triplets, without those that do not fit in the context. Prompt and response are encoded
+    apart, since their ids are what is joined: no token may reach across. Each response ends with the end token. Pairs of
+    one prompt share a number, and so their forward rows, as long as they have no more than K distinct responses."""
+    groups: dict[str, tuple[int, set[str]]] = {}        # each prompt's last number, and what responses have it
+    triplets, numbers = [], 0
+    for pair in pairs:
+        x, y_w, y_l = (tokenizer.encode_ordinary(pair[name]) for name in ("prompt", "chosen", "rejected"))
+        if len(x) + max(len(y_w), len(y_l)) < context:
+            number, ys = groups.get(pair["prompt"], (0, set()))
+            ys = ys | {pair["chosen"], pair["rejected"]}
+            if len(ys) > K or len(ys) == 2:
+                number, numbers, ys = numbers, numbers + 1, {pair["chosen"], pair["rejected"]}
+            groups[pair["prompt"]] = number, ys
+            triplets.append(triplet(x, y_w + [tokenizer.eot_token], y_l + [tokenizer.eot_token], tokenizer, pair["weight"], number))
+    return triplets
 
 
 def group(triplets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -369,5 +492,6 @@ def show(triplet: dict, tokenizer: tiktoken.Encoding) -> str:
     def line(name: str) -> str:
         x = "|".join(tokenizer.decode([i]) for i in triplet["prompt_ids"])
         y = "".join(f"[{tokenizer.decode([i])}]" for i in triplet[name + "_ids"])
-        return f"{name:>8} {triplet['reward_' + name]:+6.2f} nats   {x} {y}"
+        r = f"{triplet['reward_' + name]:+6.2f} nats   " if "reward_" + name in triplet else ""
+        return f"{name:>8} {r}{x} {y}"
     return line("chosen") + "\n" + line("rejected")

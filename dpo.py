@@ -143,8 +143,9 @@ def train(pi_theta: nn.Module, preferences: Preferences, loss: Loss, optimizer: 
     `partial(dpo, beta=0.1)`; the reference enters through preferences.pi_ref alone, so it cannot move."""
     for prompts in batches:
         batch = preferences[prompts]
-        P, K, T = batch.ids.shape
-        pi = response_logps(pi_theta, batch.ids.flatten(0, 1), batch.mask.flatten(0, 1)).view(P, K, T)
+        real = batch.mask.any(-1)                                       # (P, K); a prompt may have fewer than K completions
+        logps = response_logps(pi_theta, batch.ids[real], batch.mask[real])
+        pi = logps.new_zeros(batch.ids.shape).masked_scatter(real[..., None], logps)
         losses, r_hat_w, r_hat_l = loss(pi, batch)
         share = batch.weight / batch.weight.sum()
         optimizer.zero_grad()

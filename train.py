@@ -8,10 +8,10 @@ Prediction  With Bradley-Terry labels each beta has its place on the optimal cur
 """
 import argparse
 import copy
-import ctypes
 import dataclasses
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,9 +41,10 @@ from model import GPT, GPTConfig, sample
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on. The defaults are the toy world's; `IMDB` below changes what the real one needs."""
+    """What a run depends on. The defaults are the toy world's; `IMDB` and `OWN` below change what the others need."""
     data: str = "toy"
     imdb: str | None = None         # the archive or folder of --data imdb; downloaded if not given
+    init: str | None = None         # a checkpoint to start from, with its tokenizer
     labels: str = "bt"              # each beta has a predicted place with these, and with "soft"; not with the paper's "argmax"
     beta: tuple[float, ...] = (0.5, 1.0, 2.0)
     seed: int = 0
@@ -64,49 +66,103 @@ class Settings:
     answers: int = 96               # of pi_theta for each held-out prompt
 
 
-IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=3, n_head=4, n_embd=128, reviews=75_000,
-            steps=2400, rows=32, prompts=8_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
+IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=4, n_head=6, n_embd=192, reviews=75_000,
+            steps=4400, rows=32, prompts=8_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
+OWN = IMDB | dict(beta=(0.1,), context=256, steps=500, rows=16, answers=4)
 
 
 # ----------------------------------------------------------------------------- stages: what is made once, and kept
 
-class Stages:
-    """Results by name, each kept in a file together with a key of all it depends on, and made again only if that changed."""
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder: the operating system's lock, which ends with the process, however that ends."""
+    with open(folder / ".lock", "ab") as f:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"{folder}: another run is at work there; let it end, or name another folder with --out") from None
+        yield
 
-    def __init__(self, out: Path, settings: Settings):
-        self.out, self.settings, self.keys = out, settings, {}
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class Stages:
+    """Results by name, each kept in a file. Each is made again only if something that it depends on has changed: a
+    setting, an earlier stage's file, or source. A file that is not the one this run wrote is an error."""
+
+    def __init__(self, out: Path, settings: Settings, **known: object):
+        self.out, self.settings, self.known = out, settings, known
         self.log = out / "stages.json"
         self.seconds: dict[str, float] = {}
 
     def value(self, need: str) -> object:
-        if need in self.keys:                               # an earlier stage (before it, a setting of that name)
-            return self.keys[need]
+        if need in self.known:                              # an earlier stage's checksum, or what the run knows besides
+            return self.known[need]
         if need.endswith(".py"):
             return Path(__file__).with_name(need).read_text(encoding="utf-8")
+        if need in ("data", "imdb", "init") and (path := Path(getattr(self.settings, need) or "")).is_file():
+            return checksum(path.read_bytes())
         if hasattr(self.settings, need):
             return getattr(self.settings, need)
         return inspect.getsource(globals()[need])           # a function of this file
 
     def __call__(self, name: str, needs: str, make: Callable[[], object]):
         """The result of make(), which may depend on the settings, sources and earlier stages that `needs` lists."""
-        key = self.keys[name] = hashlib.sha256(repr((name, [self.value(need) for need in needs.split()])).encode()).hexdigest()
-        done = json.loads(self.log.read_text()) if self.log.exists() else {}
-        path = self.out / f"{name}.pt"
-        if done.get(name, {}).get("key") != key or not path.exists():
+        key = checksum(repr((name, [self.value(need) for need in needs.split()])).encode())
+        path, done = self.out / f"{name}.pt", {}
+        if self.log.exists():
+            with data.reading(self.log, "the list of stages; delete it to start anew"):
+                done = dict(json.loads(self.log.read_bytes()))
+                known, was, self.seconds[name] = (done.get(name, {}).get(of) for of in ("key", "checksum", "seconds"))
+        if self.log.exists() and known == key and path.exists():
+            content = path.read_bytes()
+            if checksum(content) != was:
+                raise BadInput(f"{path}: is not the file that was written here; delete it, and it is made again")
+        else:
+            if done.pop(name, None):                        # so that a new file never meets an old key
+                data.write(self.log, json.dumps(done, indent=1).encode())
             began = time.perf_counter()
-            value = make()
-            write(path, lambda part: torch.save(value, part))
-            done[name] = dict(key=key, seconds=time.perf_counter() - began)
-            write(self.log, lambda part: part.write_text(json.dumps(done, indent=1)))
-        self.seconds[name] = done[name]["seconds"]
-        return torch.load(path, map_location="cpu", weights_only=True)
+            torch.save(make(), buffer := io.BytesIO())
+            content = buffer.getvalue()
+            data.write(path, content)
+            self.seconds[name] = time.perf_counter() - began
+            done[name] = dict(key=key, checksum=checksum(content), seconds=self.seconds[name])
+            data.write(self.log, json.dumps(done, indent=1).encode())
+        self.known[name] = checksum(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def write(path: Path, save: Callable[[Path], object]):
-    """Let `save` write a temporary file, which then takes the name `path` whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    save(part)
-    os.replace(part, path)
+def checkpoint(pi: GPT, tokens: list[bytes] | None, **more: object) -> dict:
+    """A model with its tokenizer, to be saved; `tokens` is None for GPT-2's encoding."""
+    return dict(config=dataclasses.asdict(pi.config), tokens=tokens, weights=pi.state_dict(), **more)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `checkpoint` made. Nothing in the file is executed. Errors: BadInput for a file that does not hold a whole model."""
+    with data.reading(path, "a checkpoint of this project"):
+        content = path.read_bytes()
+        if content[:2] != b"PK":
+            raise ValueError("it is not a file of torch.save")
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        config, weights = GPTConfig(**found["config"]), found["weights"]
+        if config.n_layer > len(weights) or sum(w.nbytes for w in weights.values()) > len(content):
+            raise ValueError("its sizes are not those of its weights")
+        with torch.device("meta"):
+            wanted = GPT(config).state_dict()
+        if {name: (w.shape, w.dtype) for name, w in weights.items()} != {name: (w.shape, w.dtype) for name, w in wanted.items()}:
+            raise ValueError("its weights are not those of its config")
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("its weights are not finite")
+        if found["tokens"] is not None and data.tokenizer_of(found["tokens"]).n_vocab != config.vocab_size:
+            raise ValueError("its tokenizer is of another size than the model")
+        return found
 
 
 def pack(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -131,8 +187,7 @@ def toy_world(settings: Settings) -> dict:
 
 def imdb_world(settings: Settings) -> dict:
     """IMDb's training reviews for pi_ref and the true reward, its test reviews for prompts and for the second judge."""
-    folder = Path(os.environ.get("DPO_CACHE", Path.home() / ".cache" / "dpo"))
-    reviews = data.read_imdb(Path(settings.imdb) if settings.imdb else data.download_imdb(folder))
+    reviews = data.read_imdb(Path(settings.imdb) if settings.imdb else data.download_imdb(data.cache()))
     rng = random.Random(settings.seed)
     judges, accuracy = {}, {}
     for name, trained_on in dict(reward="train", judge="test").items():
@@ -154,10 +209,6 @@ def imdb_world(settings: Settings) -> dict:
     return world | dict(accuracy=accuracy, judges={name: (j.weight, j.bias) for name, j in judges.items()})
 
 
-def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
-    return data.gpt2_tokenizer() if settings.tokenizer == "gpt2" else data.learn_tokenizer(texts, settings.vocab_size)
-
-
 def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str], settings: Settings) -> dict:
     """A world: the tokenizer's tokens, the openings that pi_ref learns from, and prompts from other reviews."""
     rng = random.Random(settings.seed)
@@ -169,75 +220,88 @@ def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str]
                        "prompts; lower --held-out, or give more reviews")
     if len(prompts) < settings.prompts:
         print(f"only {len(prompts)} of {settings.prompts} prompts: there are no more reviews")
-    return dict(tokens=[tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)],
-                fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held), unseen=pack(kept))
+    return dict(tokens=data.tokens_of(tokenizer), fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held), unseen=pack(kept))
 
 
-def fine_tune(pi: GPT, openings: list[list[int]], settings: Settings) -> GPT:
-    """Fit pi to the openings: next-token cross-entropy, a mean over tokens; Muon on the blocks' matrices, AdamW on the rest."""
+def own_world(settings: Settings) -> dict:
+    """Preferences from a file. A tenth of the prompts is held out; pi_ref learns from prompt + chosen of the others."""
+    pairs = data.read_pairs(Path(settings.data))
+    tokenizer = choose_tokenizer(settings, [pair[name] for pair in pairs for name in ("prompt", "chosen", "rejected")])
+    prompts = sorted({pair["prompt"] for pair in pairs})
+    held_out = set(random.Random(settings.seed).sample(prompts, math.ceil(len(prompts) / 10)))
+    train, held = (data.encode_pairs([pair for pair in pairs if (pair["prompt"] in held_out) == held], tokenizer,
+                                     settings.context) for held in (False, True))
+    if fell := len(pairs) - len(train) - len(held):
+        print(f"{fell:,} of {len(pairs):,} pairs do not fit in {settings.context} tokens and are left out (see --context)")
+    if not train or not held:
+        raise BadInput(f"{settings.data}: {len(train)} pairs to train on and {len(held)} with other prompts to hold out; both "
+                       "need at least one" + f", so --context must be more than {settings.context}" * (fell > 0))
+    asked = list(dict.fromkeys(tuple(t["prompt_ids"]) for t in held))[:settings.held_out]
+    return dict(tokens=data.tokens_of(tokenizer), held_out=pack(asked),
+                fine_tune=pack([t["prompt_ids"] + t["chosen_ids"] for t in train]),
+                unseen=pack([t["prompt_ids"] + t["chosen_ids"] for t in held]),
+                triplets=pack_triplets(train), held_triplets=pack_triplets(held))
+
+
+def pack_triplets(triplets: list[dict]) -> dict:
+    return {name: pack([t[name] for t in triplets]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")} | {
+        name: [t[name] for t in triplets] for name in ("weight", "number")}
+
+
+def unpack_triplets(packed: dict, tokenizer: tiktoken.Encoding) -> list[dict]:
+    columns = [unpack(packed[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    return [data.triplet(x, y_w, y_l, tokenizer, weight, number)
+            for x, y_w, y_l, weight, number in zip(*columns, packed["weight"], packed["number"])]
+
+
+def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
+    if settings.init:
+        return data.tokenizer_of(read_checkpoint(Path(settings.init))["tokens"])
+    return data.gpt2_tokenizer() if settings.tokenizer == "gpt2" else data.learn_tokenizer(texts, settings.vocab_size)
+
+
+def start(world: dict, settings: Settings, device: torch.device) -> GPT:
+    """The model that fine-tuning begins with: the checkpoint of --init, or one drawn at random."""
+    if settings.init:
+        found = read_checkpoint(Path(settings.init))
+        weights, context = found["weights"], found["config"]["context"]
+        if context < settings.context:
+            raise BadInput(f"{settings.init}: sees {context} tokens; --context must not ask for {settings.context}")
+        pi = GPT(GPTConfig(**found["config"] | dict(context=settings.context)))
+        pi.load_state_dict(weights | {"wpe.weight": weights["wpe.weight"][:settings.context]})
+    else:
+        torch.manual_seed(settings.seed)
+        pi = GPT(GPTConfig(data.tokenizer_of(world["tokens"]).n_vocab, settings.context, settings.n_layer, settings.n_head,
+                           settings.n_embd))
+    pi.bf16 = bf16_pays(device)
+    return pi.to(device)
+
+
+def fine_tune(pi: GPT, texts: list[list[int]], settings: Settings) -> GPT:
+    """Fit pi to the texts' ids: next-token cross-entropy, a mean over tokens; Muon (Jordan et al. 2024) on the blocks'
+    matrices, AdamW on the rest. Weights that were trained before are moved a hundred times more gently."""
     rng = np.random.default_rng(settings.seed)
-    if pi.config.vocab_size <= 10_000:                  # beyond it, the table of pairs is too large
-        pi.wte.weight.data.copy_(embedding_from_counts(openings, pi.config.vocab_size, pi.config.n_embd))
     matrices = [p for p in pi.h.parameters() if p.ndim == 2]
     rest = [p for p in pi.parameters() if not any(p is m for m in matrices)]
-    optimizers = (Muon(matrices, lr=0.015),
-                  torch.optim.AdamW(rest, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    gentle = 0.01 if settings.init else 1.0
+    optimizers = (torch.optim.Muon(matrices, lr=gentle * 0.015, weight_decay=0.1),
+                  torch.optim.AdamW(rest, lr=gentle * 6e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, warm_then_linear(settings.steps)) for o in optimizers]
 
-    lengths = np.array([len(ids) for ids in openings])
+    lengths = np.array([len(ids) for ids in texts])
     batches = (batch for _ in itertools.count() for batch in like_lengths(lengths, settings.rows, rng))
     bar = tqdm(itertools.islice(batches, settings.steps), total=settings.steps, desc="fine-tuning pi_ref")
     for step, batch in enumerate(bar):
-        loss = token_nll(pi, [openings[i] for i in batch])
+        loss = token_nll(pi, [texts[i] for i in batch])
         loss.backward()
         for each in (*optimizers, *schedules):
             each.step()
         pi.zero_grad()
-        if step % 50 == 0:
+        if step % 50 == 0 or step == settings.steps - 1:
             bar.set_postfix_str(f"{loss.item():.2f} nats per token")
+            if not loss.isfinite():
+                raise BadInput(f"fine-tuning diverged: the loss was not finite at step {step}; what was made before is kept")
     return pi
-
-
-def embedding_from_counts(openings: list[list[int]], vocab_size: int, n_embd: int) -> Tensor:
-    """Token vectors (V, C) to start from, instead of noise: the leading singular vectors of the positive pointwise mutual
-    information of tokens at most two places apart (Levy and Goldberg 2014). They cost seconds, and are a head start."""
-    ids = torch.tensor([i for opening in openings for i in opening])
-    counts = torch.zeros(vocab_size, vocab_size)
-    for apart in (1, 2):
-        pairs = ids[:-apart] * vocab_size + ids[apart:]
-        counts += torch.bincount(pairs, minlength=vocab_size ** 2).view_as(counts) / apart
-    counts = counts + counts.T
-    often = counts.sum(1) + 1
-    chance = often ** 0.75 / (often ** 0.75).sum()
-    pmi = (counts / (often[:, None] * chance)).clamp(min=1).log()
-    U, S, _ = torch.svd_lowrank(pmi, q=n_embd + 16, niter=3)
-    vectors = (U * S.sqrt())[:, :n_embd]
-    vectors = (vectors - vectors.mean(0)) @ torch.linalg.qr(torch.randn(n_embd, n_embd))[0]     # no axis is special
-    return 0.05 * math.sqrt(n_embd) * F.normalize(vectors)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all brought near 1 before each step (Jordan et al. 2024), for matrices. As
-    `torch.optim.Muon`, but in float32: that one iterates in bfloat16, which is slow on a CPU without units
-    for it."""
-
-    def __init__(self, params, lr: float):
-        super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.1))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(momentum, group["momentum"])
-                tall = x.size(0) > x.size(1)
-                x = F.normalize(x.T if tall else x, dim=(0, 1))
-                for _ in range(5):                                  # a Newton-Schulz iteration for U V^T of x = U S V^T
-                    gram = x @ x.T
-                    x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(x.T if tall else x, alpha=group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
 
 
 def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -251,7 +315,7 @@ def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> It
 
 
 def warm_then_linear(steps: int) -> Callable[[int], float]:
-    return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / steps)
+    return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / max(steps, 1))
 
 
 def padded(lists: list[list[int]], device: torch.device) -> Tensor:
@@ -298,34 +362,33 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     return logps
 
 
-def optimise(pi_ref: GPT, preferences: dpo.Preferences, beta: float, settings: Settings) -> tuple[GPT, dict[str, Tensor]]:
-    """pi_theta, trained by DPO from pi_ref in one pass over the prompts, and what each step saw.
+def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: float, settings: Settings,
+             purpose: str = "training") -> tuple[GPT, dict[str, Tensor]]:
+    """pi_theta, trained from pi_ref in one pass over the prompts, and what each step saw, (steps,) each.
 
     Plain gradient descent with momentum: Adam did worse here at equal KL, as its steps are as large for a token seldom
-    seen as for a frequent one. What single words are worth is learned in the
-    token vectors, at the full rate; the rest moves at a sixteenth of it. The rate falls as beta rises, since
-    log-ratios do; its power was found by trial."""
+    seen as for a frequent one. What single words are worth is learned in the token vectors, at the full rate; the rest
+    moves at a sixteenth of it. Errors: BadInput if the loss or the gradient is no longer finite."""
     pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
     places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
     lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
     batches = [torch.from_numpy(batch).to(preferences.ids.device)
                for batch in like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed))]
-    rate = settings.rate * beta ** -1.25
     rest = [p for p in pi_theta.parameters() if p is not pi_theta.wte.weight]
     optimizer = torch.optim.SGD([dict(params=[pi_theta.wte.weight], lr=rate), dict(params=rest, lr=rate / 16)], momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_then_linear(len(batches)))
     records = []
-    steps = dpo.train(pi_theta, preferences, partial(dpo.dpo, beta=beta), optimizer, batches)
-    bar = tqdm(steps, total=len(batches), desc=f"DPO, beta {beta:g}")
+    bar = tqdm(dpo.train(pi_theta, preferences, loss, optimizer, batches), total=len(batches), desc=purpose)
     for record in bar:
         schedule.step()
         records.append(record)
-        if len(records) % 20 == 0:
+        if len(records) % 20 == 0 or len(records) == len(batches):
             bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**record))
-    seen = {name: torch.stack([r[name] for r in records]).cpu() for name in records[0]}
-    if not all(values.isfinite().all() for values in seen.values()):
-        raise BadInput(f"DPO diverged at beta {beta:g}: lower --rate")
-    return pi_theta, seen
+            finite = torch.stack([r["loss"] + r["grad_norm"] for r in records]).isfinite()
+            if not finite.all():
+                raise BadInput(f"{purpose} diverged: loss or gradient was not finite at step {int(finite.int().argmin())}; "
+                               "lower --rate; what was made before is kept")
+    return pi_theta, {name: torch.stack([r[name] for r in records]).cpu() for name in records[0]}
 
 
 # ----------------------------------------------------------------------------- evaluation, and the optimum beside it
@@ -374,79 +437,101 @@ def best_of_n(r: Tensor, N: int) -> float:
     return (r.double().sort(1).values * weight).sum(1).mean().item()
 
 
-def evaluate(pi_theta: GPT, pi_ref: GPT, beta: float, held: dict, pairs: dpo.Preferences, curve: dict, tokenizer, settings: Settings,
-             rewards_of: dict[str, Callable]) -> dict:
-    """Fresh samples of pi_theta on the held-out prompts, judged, beside pi_ref's and the optimum's: a row of results.json."""
-    P, M = settings.held_out, min(settings.answers, settings.samples)
-    prompts = [x for x in unpack(held["prompts"]) for _ in range(M)]
-    responses = draw(pi_theta, prompts, settings, tokenizer, f"sampling, beta {beta:g}")
-    texts = [data.text_of(x + y, tokenizer) for x, y in zip(prompts, responses)]
-    r = rewards_of["reward"](texts).view(P, M)
-    kls = []
-    for xs, ys in zip(tqdm(in_groups(prompts, 64), desc="measuring the KL"), in_groups(responses, 64)):
-        ids = padded([x + y for x, y in zip(xs, ys)], pi_ref.wte.weight.device)
-        starts = torch.tensor([len(x) for x in xs], device=ids.device)[:, None]
-        mask = (torch.arange(ids.size(1), device=ids.device) >= starts) & (ids >= 0)
-        kls.append(torch.stack(dpo.sequence_kl(pi_theta, pi_ref, ids.clamp(min=0), mask)).cpu())
-    log_ratio, kl = torch.cat(kls, 1).view(2, P, M)
-
-    ref = held["rewards"]
-    wins = ((r - ref[:, :M]).sign() + 1) / 2
-    theta = score(pi_theta, pairs.ids, pairs.mask).sum(-1)
-    x, w, l = pairs.pairs.T
-    r_hat = dpo.implicit_reward(theta, pairs.pi_ref.sum(-1), beta)
-    gap_hat, gap = (r_hat[x, w] - r_hat[x, l]).double(), held["gap"].double()
-    share = pairs.weight / pairs.weight.sum()
-    ceiling = {"bt": torch.sigmoid(gap.abs()).mean(), "soft": torch.sigmoid(gap.abs()).mean(), "argmax": torch.ones(())}
-
-    marks = [t.mean().item() for t in dpo.frontier(ref.double(), beta)[:2]]
-    predicted = beta >= BETAS[-1] and bool(curve["trusted"][np.searchsorted(-BETAS, -beta).clip(max=len(BETAS) - 1)]) and settings.labels != "argmax"
-    fraction, fraction_se = fraction_of_optimal(curve, *(v.double().mean(1).numpy() for v in (ref, r, kl)))
-    _, log_Z = dpo.optimal_policy(torch.full_like(ref, -math.log(ref.size(1))).double(), ref.double(), beta)
-    regret, regret_se = mean_se(beta * log_Z[:, None] - (r - beta * kl).double().mean(1, keepdim=True))
-    point = dict(method="DPO", beta=beta, seed=settings.seed)
-    point["reward"], point["reward_se"] = mean_se(r)
-    point["kl"], point["kl_se"] = mean_se(kl)
-    point["kl_log_ratio"], point["kl_log_ratio_se"] = mean_se(log_ratio)
-    point |= dict(kl_median=kl.median().item(), kl_p99=kl.flatten().quantile(0.99).item(),
-                  win_rate=wins.mean().item(), comparisons=wins.numel(),
-                  pair_accuracy=(share * ((gap_hat.sign() + 1) / 2)).sum().item(),
-                  pair_accuracy_ceiling=ceiling[settings.labels].item(),
-                  reward_slope=((gap_hat * gap).sum() / gap.square().sum()).item(),
-                  reward_r2=((gap_hat * gap).sum().square() / (gap.square().sum() * gap_hat.square().sum())).item(),
-                  length=sum(map(len, responses)) / len(responses),
-                  optimal_reward=marks[0] if predicted else None, optimal_kl=marks[1] if predicted else None,
-                  fraction_of_optimal=fraction, fraction_of_optimal_se=fraction_se,
-                  regret=regret if predicted else None, regret_se=regret_se if predicted else None)
-    if "judge" in rewards_of:
-        point["judge_reward"], point["judge_reward_se"] = mean_se(rewards_of["judge"](texts).view(P, M))
-    point = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in point.items()}     # 0 / 0
-    return dict(point=point, texts=texts[::M], rewards=r[:, 0])
+@dataclass(frozen=True)
+class Experiment:
+    """All that the methods share: what they start from, and what they are judged by."""
+    settings: Settings
+    stage: Stages
+    tokenizer: tiktoken.Encoding
+    rewards_of: dict[str, Callable[[list[str]], Tensor]]    # by name: "reward" is r*, "judge" judges only; none for own data
+    pi_ref: GPT
+    preferences: dpo.Preferences
+    counts: dict[str, int]
+    accuracy: dict[str, float] | None                       # of r*, on IMDb
+    held: dict                                              # as `hold_out` makes it
+    pairs: dpo.Preferences                                  # held out
+    curve: dict[str, np.ndarray] | None
 
 
-def hold_out(pi_ref: GPT, world: dict, tokenizer, settings: Settings, rewards_of: dict[str, Callable]) -> dict:
-    """pi_ref on the held-out prompts: N samples of each and their rewards, preference pairs among the first 16, and how well
-    it predicts reviews it never saw."""
-    P, N = settings.held_out, settings.samples
+def hold_out(pi_ref: GPT, world: dict, tokenizer: tiktoken.Encoding, settings: Settings, rewards_of: dict) -> dict:
+    """pi_ref on the held-out prompts: N samples of each and their rewards, preference pairs (those of the world, or among
+    the first 16 samples), and how well it predicts texts it never saw."""
     prompts = unpack(world["held_out"])
+    P, N, K = len(prompts), settings.samples if rewards_of else settings.answers, settings.completions
     each = [x for x in prompts for _ in range(N)]
     responses = draw(pi_ref, each, settings, tokenizer, "sampling pi_ref on held-out prompts")
     texts = [data.text_of(x + y, tokenizer) for x, y in zip(each, responses)]
-    rewards = rewards_of["reward"](texts)
-    first = [i for p in range(P) for i in range(p * N, p * N + min(16, N))]
-    K = settings.completions
-    triplets, _ = data.preferences([each[i] for i in first[::K]], in_groups([responses[i] for i in first], K),
-                                   rewards[first].view(-1, K), tokenizer, settings.labels, random.Random(settings.seed))
+    rewards = {name: reward(texts).view(P, N) for name, reward in rewards_of.items()}
+    if rewards_of:
+        first = [i for p in range(P) for i in range(p * N, p * N + min(16, N))]
+        triplets, _ = data.preferences([each[i] for i in first[::K]], in_groups([responses[i] for i in first], K),
+                                       rewards["reward"].flatten()[first].view(-1, K), tokenizer, settings.labels,
+                                       random.Random(settings.seed))
+        if not triplets:
+            raise BadInput("no preferences on the held-out prompts: raise --held-out or --steps")
+    else:
+        triplets = unpack_triplets(world["held_triplets"], tokenizer)
     ids, mask, pairs, weight = data.group(triplets)
     unseen = unpack(world["unseen"])[:1000]
-    tokens = world["tokens"] + [b""]
     with torch.no_grad():
-        nats = sum(token_nll(pi_ref, some, "sum").item() for some in in_groups(unseen, 100))
-    return dict(prompts=world["held_out"], rewards=rewards.view(P, N), lengths=torch.tensor([len(y) for y in responses]),
-                texts=texts[::N], pairs=(ids, mask, score(pi_ref, ids, mask), pairs, weight),
-                gap=torch.tensor([t["reward_chosen"] - t["reward_rejected"] for t in triplets]),
-                nats_per_byte=nats / sum(len(tokens[i]) for ids in unseen for i in ids[1:]),
-                judge=rewards_of["judge"](texts).mean().item() if "judge" in rewards_of else None)
+        nats = sum(token_nll(pi_ref, some, "sum").item() for some in tqdm(in_groups(unseen, 50), desc="predicting unseen texts"))
+    return dict(prompts=prompts, rewards=rewards, lengths=torch.tensor([len(y) for y in responses]), texts=texts[::N],
+                pairs=(ids, mask, score(pi_ref, ids, mask), pairs, weight),
+                gap=torch.tensor([t["reward_chosen"] - t["reward_rejected"] for t in triplets]) if rewards_of else None,
+                nats_per_byte=nats / sum(len(tokenizer.decode_bytes([i for i in ids[1:] if i != tokenizer.eot_token]))
+                                         for ids in unseen))
+
+
+def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> dict:
+    """Fresh samples of pi_theta on the held-out prompts, judged, beside pi_ref's and the optimum's: a row of results.json."""
+    P, M = len(e.held["prompts"]), min(e.settings.answers, e.settings.samples)
+    prompts = [x for x in e.held["prompts"] for _ in range(M)]
+    responses = draw(pi_theta, prompts, e.settings, e.tokenizer, f"sampling {method}, beta {beta:g}")
+    texts = [data.text_of(x + y, e.tokenizer) for x, y in zip(prompts, responses)]
+    point = dict(method=method, beta=beta, seed=e.settings.seed, length=sum(map(len, responses)) / len(responses))
+
+    kls = []
+    for xs, ys in zip(tqdm(in_groups(prompts, 64), desc="measuring the KL"), in_groups(responses, 64)):
+        ids = padded([x + y for x, y in zip(xs, ys)], e.pi_ref.wte.weight.device)
+        starts = torch.tensor([len(x) for x in xs], device=ids.device)[:, None]
+        mask = (torch.arange(ids.size(1), device=ids.device) >= starts) & (ids >= 0)
+        kls.append(torch.stack(dpo.sequence_kl(pi_theta, e.pi_ref, ids.clamp(min=0), mask)).cpu())
+    log_ratio, kl = torch.cat(kls, 1).view(2, P, M)
+    point["kl"], point["kl_se"] = mean_se(kl)
+    point["kl_log_ratio"], point["kl_log_ratio_se"] = mean_se(log_ratio)
+    point |= dict(kl_median=kl.median().item(), kl_p99=kl.flatten().quantile(0.99).item())
+
+    theta = score(pi_theta, e.pairs.ids, e.pairs.mask).sum(-1)
+    x, w, l = e.pairs.pairs.T
+    r_hat = dpo.implicit_reward(theta, e.pairs.pi_ref.sum(-1), beta)
+    gap_hat = (r_hat[x, w] - r_hat[x, l]).double()
+    share = e.pairs.weight / e.pairs.weight.sum()
+    point |= {name: (share * v).sum().item() for name, v in dict(
+        r_hat_w=r_hat[x, w], r_hat_l=r_hat[x, l], margin=gap_hat, pair_accuracy=(gap_hat.sign() + 1) / 2).items()}
+
+    if not e.rewards_of:
+        return dict(point=point, texts=texts[::M], rewards=None)
+    ref, gap, r = e.held["rewards"]["reward"], e.held["gap"].double(), e.rewards_of["reward"](texts).view(P, M)
+    point["reward"], point["reward_se"] = mean_se(r)
+    if "judge" in e.rewards_of:
+        point["judge_reward"], point["judge_reward_se"] = mean_se(e.rewards_of["judge"](texts).view(P, M))
+    ceiling = 1.0 if e.settings.labels == "argmax" else torch.sigmoid(gap.abs()).mean().item()
+    point |= dict(win_rate=((r - ref[:, :M]).sign() + 1).mean().item() / 2, comparisons=r.numel(),
+                  pair_accuracy_ceiling=ceiling,
+                  reward_slope=((gap_hat * gap).sum() / gap.square().sum()).item(),
+                  reward_r2=((gap_hat * gap).sum().square() / (gap.square().sum() * gap_hat.square().sum())).item())
+    point["fraction_of_optimal"], point["fraction_of_optimal_se"] = fraction_of_optimal(
+        e.curve, *(v.double().mean(1).numpy() for v in (ref, r, kl)))
+    at = np.searchsorted(-BETAS, -beta)
+    if at < len(BETAS) and e.curve["trusted"][at] and e.settings.labels != "argmax":
+        log_Z = dpo.optimal_policy(torch.full_like(ref, -math.log(ref.size(1))).double(), ref.double(), beta)[1]
+        regret = mean_se(beta * log_Z[:, None] - (r - beta * kl).double().mean(1, keepdim=True))
+        best = [t.mean().item() for t in dpo.frontier(ref.double(), beta)[:2]]
+    else:
+        regret = best = None, None
+    point |= dict(zip(("optimal_reward", "optimal_kl", "regret", "regret_se"), (*best, *regret)))
+    point = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in point.items()}     # 0 / 0
+    return dict(point=point, texts=texts[::M], rewards=r[:, 0])
 
 
 # ----------------------------------------------------------------------------- what is written for people
@@ -454,178 +539,226 @@ def hold_out(pi_ref: GPT, world: dict, tokenizer, settings: Settings, rewards_of
 THETA, REF = "#d95f02", "#1b6ca8"      # one colour for pi_theta and one for pi_ref, here and in the notebook
 
 
-def draw_figure(path: Path, results: dict, settings: Settings):
-    """Reward against KL: the optimal curve, theory's place for each beta and DPO's, best-of-N, and pi_ref."""
+def draw_figure(results: dict, curves: list[dict[str, Tensor]], title: str) -> bytes:
+    """A PNG: reward against KL, with the optimal curve, theory's place for each beta and DPO's (for one's own data, whose
+    reward nobody knows, accuracy against KL); beside it each run's training, step by step."""
+    os.environ.setdefault("MPLCONFIGDIR", str(data.cache()))
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    fig, ax = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    fig = plt.figure(figsize=(10.5, 5), layout="constrained")
+    grid = fig.add_gridspec(3, 2, width_ratios=(2.3, 1))
+    ax, points = fig.add_subplot(grid[:, 0]), results["points"]
+    if results["frontier"]:
+        draw_frontier(ax, results)
+    else:
+        ax.plot([p["kl"] for p in points], [p["pair_accuracy"] for p in points], "o", color=THETA, label="DPO")
+        ax.plot(0, 0.5, "D", color=REF, ms=8, label=r"$\pi_\mathrm{ref}$")
+        ax.set_ylabel("held-out pairs that the implicit reward orders as labelled")
+    for p in points:
+        ax.annotate(f"$\\beta$ = {p['beta']:g}", (p["kl"], p.get("reward", p["pair_accuracy"])), xytext=(8, -12),
+                    textcoords="offset points")
+    ax.set(xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response", title=title)
+    ax.legend(loc="lower right", frameon=False, fontsize="small")
+    for row, names, label in ((0, ["loss"], "loss, nats"), (1, ["accuracy"], "accuracy on pairs"),
+                              (2, ["r_hat_w", "r_hat_l"], r"$\hat r$ of $y_w$ (solid), $y_l$")):
+        small = fig.add_subplot(grid[row, 1])
+        for p, curve, line in zip(points, curves, np.linspace(1, 0.35, len(points))):
+            for name, style in zip(names, ("-", "--")):
+                window = max(1, len(curve[name]) // 20)
+                smooth = np.convolve(curve[name].numpy(), np.ones(window) / window, "valid")
+                small.plot(np.arange(len(smooth)) + window, smooth, style, color=THETA, alpha=line, lw=1.2,
+                           label=f"$\\beta$ = {p['beta']:g}" if name == names[0] else None)
+        small.set_ylabel(label, fontsize="small")
+        small.tick_params(labelsize="small", labelbottom=row == 2)
+    small.set_xlabel("step (running means)", fontsize="small")
+    fig.axes[1].legend(frameon=False, fontsize="x-small")
+    fig.savefig(buffer := io.BytesIO(), format="png", dpi=130)
+    plt.close(fig)
+    return buffer.getvalue()
+
+
+def draw_frontier(ax, results: dict):
     kl, reward, trusted = (np.array([f[name] for f in results["frontier"]]) for name in ("kl", "reward", "trusted"))
     n, points, r_ref = int(trusted.sum()), results["points"], results["reference"]["reward"]
+    right, top = (max(p[name] for p in points) for name in ("kl", "reward"))
     ax.plot([0, *kl[:n]], [r_ref, *reward[:n]], color="0.25", label="the best of all policies (Eq. 4)")
-    ax.plot(kl[max(n - 1, 0):], reward[max(n - 1, 0):], ":", color="0.25",
-            label=f"beyond what {settings.samples} samples a prompt can tell")
+    if kl[n - 1] < 1.15 * right:
+        ax.plot(kl[max(n - 1, 0):], reward[max(n - 1, 0):], ":", color="0.25",
+                label=f"beyond what {results['config']['samples']} samples a prompt can tell")
     ax.plot(*zip(*[(b["kl_bound"], b["reward"]) for b in results["best_of_n"]]), "s-", color="0.6", ms=4, lw=1,
             label="best of N, at an upper bound on its KL")
-    predicted = [p for p in points if p["optimal_kl"] is not None]
-    ax.plot([p["optimal_kl"] for p in predicted], [p["optimal_reward"] for p in predicted], "o", mfc="white", mec=THETA, ms=10,
-            label="where theory puts each $\\beta$" if predicted else None)
+    if predicted := [p for p in points if p["optimal_kl"] is not None]:
+        ax.plot([p["optimal_kl"] for p in predicted], [p["optimal_reward"] for p in predicted], "o", mfc="white", mec=THETA,
+                ms=10, label="where theory puts each $\\beta$")
     ax.errorbar([p["kl"] for p in points], [p["reward"] for p in points], [2 * p["reward_se"] for p in points],
-                [2 * p["kl_se"] for p in points], "o", color=THETA, ms=5, label="DPO, with two standard errors")
-    for p in points:
-        ax.annotate(f"$\\beta$ = {p['beta']:g}", (p["kl"], p["reward"]), xytext=(8, -12), textcoords="offset points")
+                [2 * p["kl_se"] for p in points], fmt="o", color=THETA, ms=5, label="DPO, with two standard errors")
     ax.plot(0, r_ref, "D", color=REF, ms=8, label=r"$\pi_\mathrm{ref}$")
-    right, top = (max(p[name] for p in points) for name in ("kl", "reward"))
     ax.set_xlim(-0.04 * right, 1.15 * right)
     ax.set_ylim(r_ref - 0.15 * (top - r_ref), top + 0.35 * (top - r_ref))
-    ax.set(xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response", ylabel="mean true reward, nats",
-           title=f"{settings.data}, {settings.labels} labels, {settings.prompts:,} prompts, seed {settings.seed}")
-    ax.legend(loc="lower right", frameon=False, fontsize="small")
-    write(path, lambda part: fig.savefig(part, format="png", dpi=150))
-    plt.close(fig)
+    ax.set_ylabel("mean true reward, nats")
 
 
 def samples_text(results: dict, held: dict, evaluations: list[dict], rows: int = 12) -> str:
-    """The first completion of some held-out prompts, before and after, each with its true reward."""
+    """The first completion of some held-out prompts, before and after, each with its true reward where it is known."""
+    def line(reward: Tensor | None, name: str, text: str) -> str:
+        return (f"{reward:+6.2f}  " if reward is not None else "") + f"{name:<10} " + " ".join(text.split())
     lines = []
-    for i in range(min(rows, len(held["texts"]))):
-        lines.append(f"{held['rewards'][i, 0]:+6.2f}  pi_ref     {held['texts'][i]}")
-        for p, e in zip(results["points"], evaluations):
-            lines.append(f"{e['rewards'][i]:+6.2f}  beta {p['beta']:<5g} {e['texts'][i]}")
+    for i, text in enumerate(held["texts"][:rows]):
+        lines.append(line(held["rewards"]["reward"][i, 0] if held["rewards"] else None, "pi_ref", text))
+        lines += [line(e["rewards"][i] if held["rewards"] else None, f"beta {p['beta']:g}", e["texts"][i])
+                  for p, e in zip(results["points"], evaluations)]
         lines.append("")
     return "\n".join(lines)
 
 
 def summary(results: dict) -> str:
     """The table of the run, and in a sentence whether what the paper predicts was seen."""
-    points, r_ref = results["points"], results["reference"]
-    columns = {"beta": "g", "reward": ".2f", "optimal_reward": ".2f", "kl": ".2f", "optimal_kl": ".2f", "win_rate": ".2f",
-               "pair_accuracy": ".3f", "pair_accuracy_ceiling": ".3f", "fraction_of_optimal": ".2f"}
+    points, ref, known = results["points"], results["reference"], bool(results["frontier"])
+    columns = {"beta": "g", "kl": ".2f", "length": ".1f"} | (
+        {"reward": ".2f", "optimal_reward": ".2f", "optimal_kl": ".2f", "win_rate": ".2f", "fraction_of_optimal": ".2f"} if known
+        else {"r_hat_w": ".2f", "r_hat_l": ".2f", "margin": ".2f"}) | {"pair_accuracy": ".3f"}
     rows = [[format(p[name], form) if p[name] is not None else "-" for name, form in columns.items()] for p in points]
     lines = ["  ".join(f"{cell:>{len(name)}}" for cell, name in zip(row, columns)) for row in ([*columns], *rows)]
-    fractions = [p["fraction_of_optimal"] for p in points if p["fraction_of_optimal"] is not None]
+    lines.insert(0, f"pi_ref: {ref['nats_per_byte']:.3f} nats per byte on unseen texts" +
+                 (f", reward {ref['reward']:.2f}" if known else ""))
     ordered = sorted(points, key=lambda p: p["beta"])
     falls = all(a["kl"] > b["kl"] for a, b in zip(ordered, ordered[1:]))
     direction = f"KL falls as beta rises: {'seen' if falls else 'not seen'}. " * (len(points) > 1)
-    return "\n".join((f"pi_ref: reward {r_ref['reward']:.2f}, {r_ref['nats_per_byte']:.3f} nats per byte on unseen openings",
-                      *lines, direction +
-                      (f"Of the gain that is possible at its KL, DPO reached {min(fractions):.0%} to {max(fractions):.0%}."
-                       if fractions else f"No KL is within what {results['config']['samples']} samples can tell of the optimum.")))
+    if not known:
+        return "\n".join((*lines, direction + f"Held-out pairs ordered as labelled: {max(p['pair_accuracy'] for p in points):.0%}."))
+    fractions = [p["fraction_of_optimal"] for p in points if p["fraction_of_optimal"] is not None]
+    return "\n".join((*lines, direction + (
+        f"Of the gain that is possible at its KL, DPO reached {min(fractions):.0%} to {max(fractions):.0%}." if fractions
+        else f"No KL is within what {results['config']['samples']} samples can tell of the optimum.")))
 
 
 # ----------------------------------------------------------------------------- the experiment
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether matrix products are much faster in bfloat16 here: on GPUs, and on CPUs with units for it (measured)."""
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(1024, 1024, dtype=dtype)
-        began = time.perf_counter()
-        for _ in range(4):
-            x @ x
-        return time.perf_counter() - began
-    return device.type == "cuda" or (device.type == "cpu" and
-                                     min(seconds(torch.float32) for _ in range(3)) > 2 * min(seconds(torch.bfloat16) for _ in range(3)))
+    """Whether matrix products are much faster in bfloat16 here: on GPUs, and on CPUs with units for it."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
-def run(settings: Settings, out: Path, device: torch.device, show: bool = False) -> dict | None:
-    """World, reference, preferences, DPO, evaluation, figure: each made once and kept in `out`. With `show` it ends at the
-    preferences, and prints one."""
-    stage = Stages(out, settings)
-
-    make_world = toy_world if settings.data == "toy" else imdb_world
-    world = stage("world", "data imdb seed tokenizer vocab_size context reviews prompts held_out data.py toy_world imdb_world split", lambda: make_world(settings))
-    tokenizer = data.gpt2_tokenizer() if settings.tokenizer == "gpt2" else data.tokenizer_of(world["tokens"])
-    rewards_of = ({name: data.Sentiment(*judge) for name, judge in world["judges"].items()} if "judges" in world
-                  else {"reward": data.toy_reward})
-
-    pi_ref = GPT(GPTConfig(tokenizer.n_vocab, settings.context, settings.n_layer, settings.n_head, settings.n_embd))
-    pi_ref.to(device).bf16 = stage("bf16", "", lambda: bf16_pays(device))      # decided once: stages do not mix precisions
+def prepare(settings: Settings, out: Path, device: torch.device, show: bool = False) -> Experiment | None:
+    """World, reference, preferences, held-out samples and the optimal curve: each made once and kept in `out`. With `show`
+    it ends at the preferences, and prints one."""
+    stage = Stages(out, settings, bf16=bf16_pays(device))
+    make_world = dict(toy=toy_world, imdb=imdb_world).get(settings.data, own_world)
+    world = stage("world", "data imdb init seed tokenizer vocab_size context reviews prompts held_out data.py toy_world "
+                  "imdb_world own_world split choose_tokenizer", lambda: make_world(settings))
+    tokenizer = data.tokenizer_of(world["tokens"])
+    rewards_of = {name: data.Sentiment(*judge) for name, judge in world.get("judges", {}).items()}
+    if settings.data == "toy":
+        rewards_of = {"reward": data.toy_reward}
 
     def reference() -> dict:
-        torch.manual_seed(settings.seed)
-        pi = GPT(pi_ref.config).to(device)
-        pi.bf16 = pi_ref.bf16
-        return fine_tune(pi, unpack(world["fine_tune"]), settings).state_dict()
-    pi_ref.load_state_dict(stage("reference", "world n_layer n_head n_embd steps rows model.py fine_tune Muon embedding_from_counts token_nll padded like_lengths warm_then_linear bf16", reference))
-    pi_ref.requires_grad_(False)
-    prompts, K = unpack(world["prompts"]), settings.completions
-    def completions() -> dict:
-        each = [x for x in prompts for _ in range(K)]
-        responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
-        rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
-        return dict(responses=pack(responses), rewards=rewards.view(-1, K))
-    completed = stage("completions", "reference prompts completions draw", completions)
+        return checkpoint(fine_tune(start(world, settings, device), unpack(world["fine_tune"]), settings), world["tokens"])
+    made = stage("reference", "world init seed n_layer n_head n_embd steps rows bf16 model.py start fine_tune token_nll "
+                 "padded like_lengths warm_then_linear", reference)
+    pi_ref = GPT(GPTConfig(**made["config"])).to(device).requires_grad_(False)
+    pi_ref.load_state_dict(made["weights"])
+    pi_ref.bf16 = bf16_pays(device)
 
-    def label() -> dict:
-        responses = in_groups(unpack(completed["responses"]), K)
-        triplets, counts = data.preferences(prompts, responses, completed["rewards"], tokenizer, settings.labels,
-                                            random.Random(settings.seed))
-        if not triplets:
-            raise BadInput("no preferences: all pairs are identical or tied; raise --prompts or --steps")
-        write(out / "triplets.jsonl", lambda part: data.write_triplets(triplets, part))
-        return counts
-    counts = stage("triplets", "completions labels", label)
+    if rewards_of:
+        K, prompts = settings.completions, unpack(world["prompts"])
 
+        def completions() -> dict:
+            each = [x for x in prompts for _ in range(K)]
+            responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
+            rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
+            return dict(responses=pack(responses), rewards=rewards.view(-1, K))
+        completed = stage("completions", "reference completions draw", completions)
+        triplets, counts = data.preferences(prompts, in_groups(unpack(completed["responses"]), K), completed["rewards"],
+                                            tokenizer, settings.labels, random.Random(settings.seed))
+    else:
+        triplets = unpack_triplets(world["triplets"], tokenizer)
+        counts, stage.known["completions"] = dict(pairs=len(triplets)), None
+    if not triplets:
+        raise BadInput("no preferences: all pairs are identical or tied; raise --prompts or --steps")
+    data.write_triplets(triplets, out / "triplets.jsonl")
     if show:
-        print(data.show(data.read_triplets(out / "triplets.jsonl")[0], tokenizer))
+        print(data.show(triplets[0], tokenizer))
         return None
 
     def scored() -> dict:
-        ids, mask, pairs, weight = data.group(data.read_triplets(out / "triplets.jsonl"))
+        ids, mask, pairs, weight = data.group(triplets)
         return dict(ids=ids, mask=mask, pi_ref=score(pi_ref, ids, mask), pairs=pairs, weight=weight)
-    preferences = dpo.Preferences(**{name: t.to(device) for name, t in stage("scores", "triplets dpo.py score", scored).items()})
-    held = stage("held_out", "reference held_out samples labels completions dpo.py hold_out draw score token_nll",
+    scores = stage("scores", "reference completions labels seed dpo.py score", scored)
+    held = stage("held_out", "reference held_out samples answers labels completions dpo.py hold_out draw score token_nll",
                  lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
+    return Experiment(settings, stage, tokenizer, rewards_of, pi_ref,
+                      dpo.Preferences(**{name: t.to(device) for name, t in scores.items()}), counts, world.get("accuracy"),
+                      held, dpo.Preferences(*held["pairs"]),
+                      optimal_curve(held["rewards"]["reward"]) if rewards_of else None)
 
-    pairs = dpo.Preferences(*held["pairs"])
-    curve = optimal_curve(held["rewards"])
 
-    evaluations = []
+def run(settings: Settings, out: Path, device: torch.device) -> dict:
+    """The experiment: `prepare`, then DPO and its evaluation for each beta, results, samples and figure."""
+    e = prepare(settings, out, device)
+    policies, evaluations = [], []
     for beta in settings.beta:
-        pi_theta = copy.deepcopy(pi_ref)
-        def train_policy() -> dict:
-            trained, records = optimise(pi_ref, preferences, beta, settings)
-            return dict(weights=trained.state_dict(), records=records)
-        policy = stage(f"dpo-{beta}", "scores batch rate optimise like_lengths warm_then_linear", train_policy)
-        pi_theta.load_state_dict(policy["weights"])
-        evaluations.append(stage(f"evaluation-{beta}", f"dpo-{beta} held_out answers evaluate draw optimal_curve fraction_of_optimal", lambda: evaluate(
-            pi_theta, pi_ref, beta, held, pairs, curve, tokenizer, settings, rewards_of)))
+        def policy() -> dict:
+            rate = settings.rate * beta ** -1.25        # larger as beta falls, since log-ratios are; the power was found by trial
+            pi_theta, records = optimise(e.pi_ref, e.preferences, partial(dpo.dpo, beta=beta), rate, settings,
+                                         f"DPO, beta {beta:g}")
+            return checkpoint(pi_theta, data.tokens_of(e.tokenizer), records=records)
+        policies.append(e.stage(f"dpo-{beta:g}", "scores batch rate seed run optimise like_lengths warm_then_linear", policy))
+        pi_theta = copy.deepcopy(e.pi_ref)
+        pi_theta.load_state_dict(policies[-1]["weights"])
+        evaluations.append(e.stage(
+            f"evaluation-{beta:g}", f"dpo-{beta:g} held_out answers seed evaluate draw optimal_curve fraction_of_optimal",
+            lambda: evaluate(e, pi_theta, beta)))
 
-    r_ref = held["rewards"]
-    reward, reward_se = mean_se(r_ref)
-    first, second = r_ref.chunk(2, dim=1)
-    results = dict(
-        config=dataclasses.asdict(settings) | dict(imdb=settings.imdb and Path(settings.imdb).name), device=str(device), bf16=pi_ref.bf16, seconds=stage.seconds,
-        reference=dict(reward=reward, reward_se=reward_se, win_rate=((first - second).sign() + 1).mean().item() / 2,
-                       comparisons=first.numel(), nats_per_byte=held["nats_per_byte"],
-                       length=held["lengths"].double().mean().item(), judge_reward=held["judge"]),
-        classifier=world.get("accuracy"), labels=counts,
-        frontier=[dict(beta=b, reward=e, kl=k, trusted=bool(t)) for b, e, k, t in
-                  zip(BETAS.tolist(), curve["reward"].mean(1).tolist(), curve["kl"].mean(1).tolist(), curve["trusted"])],
-        best_of_n=[dict(n=n, reward=best_of_n(r_ref, n), kl_bound=math.log(n) - (n - 1) / n)
-                   for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= settings.samples],
-        points=[e["point"] for e in evaluations])
-    write(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n"))
-    write(out / "samples.txt", lambda part: part.write_text(samples_text(results, held, evaluations), encoding="utf-8"))
-    draw_figure(out / "figure.png", results, settings)
+    name_only = {name: value and Path(value).name for name, value in
+                 dict(data=settings.data, imdb=settings.imdb, init=settings.init).items()}
+    results = dict(config=dataclasses.asdict(settings) | name_only, device=str(device), bf16=e.pi_ref.bf16,
+                   seconds=e.stage.seconds, peak_memory_bytes=peak_memory(device), labels=e.counts, classifier=e.accuracy,
+                   reference=dict(nats_per_byte=e.held["nats_per_byte"], length=e.held["lengths"].double().mean().item()),
+                   frontier=[], best_of_n=[], points=[evaluation["point"] for evaluation in evaluations])
+    if e.rewards_of:
+        r = e.held["rewards"]["reward"]
+        first, second = r.chunk(2, dim=1)
+        reward, reward_se = mean_se(r)
+        results["reference"] |= dict(reward=reward, reward_se=reward_se, comparisons=first.numel(),
+                                     win_rate=((first - second).sign() + 1).mean().item() / 2)
+        if "judge" in e.rewards_of:
+            results["reference"]["judge_reward"] = e.held["rewards"]["judge"].mean().item()
+        results["frontier"] = [dict(beta=b, reward=reward, kl=kl, trusted=bool(trusted)) for b, reward, kl, trusted in zip(
+            BETAS.tolist(), e.curve["reward"].mean(1).tolist(), e.curve["kl"].mean(1).tolist(), e.curve["trusted"])]
+        results["best_of_n"] = [dict(n=n, reward=best_of_n(r, n), kl_bound=math.log(n) - (n - 1) / n)
+                                for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= settings.samples]
+    data.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    data.write(out / "samples.txt", samples_text(results, e.held, evaluations).encode())
+    title = f"{name_only['data']}, {settings.labels} labels, {e.counts['pairs']:,} pairs, seed {settings.seed}"
+    data.write(out / "figure.png", draw_figure(results, [policy["records"] for policy in policies], title))
     return results
 
 
-def positive(kind: type) -> Callable[[str], float]:
-    """A number that is finite and above zero, or an error that names the flag."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes, of the GPU or else of the process, where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ----------------------------------------------------------------------------- the command line
+
+def between(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """A number from low to high, or an error that names the flag."""
     def parse_number(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low:g} to {high:g}")
         return value
-    parse_number.__name__ = f"{kind.__name__} above zero"
     return parse_number
-
-
-def seed(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2 ** 63:
-        raise ValueError
-    return value
 
 
 def usable_device(name: str) -> torch.device:
@@ -636,60 +769,73 @@ def usable_device(name: str) -> torch.device:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, number, count = parser.add_argument, positive(float), positive(int)
-    add("--data", choices=("toy", "imdb"), default="toy", help="the world: the grammar's reviews (default), or IMDb's")
-    add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once into "
-        "~/.cache/dpo, or the folder that the environment variable DPO_CACHE names")
-    add("--tokenizer", choices=("reviews", "gpt2"), help="learned from the reviews (default), or GPT-2's, which tiktoken "
-        "downloads once")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Run again, finished stages are kept; a changed setting redoes what depends on it. Nothing is written outside\n"
+               "--out but downloads, which go to ~/.cache/dpo, or the folder that the environment variable DPO_CACHE names.")
+    add, count = parser.add_argument, between(1, 10 ** 7, int)
+    add("--data", default="toy", metavar="{toy,imdb,PATH}", help="the grammar's reviews (default), IMDb's, or preferences of your "
+        "own: one JSON object a line with the strings prompt, chosen, rejected")
+    add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
+    add("--init", metavar="PATH", help="a checkpoint to start from: out/reference.pt or out/dpo-BETA.pt of another run. With "
+        "preferences of your own it is pi_ref as it is, unless --steps asks for fine-tuning")
+    add("--tokenizer", choices=("reviews", "gpt2"), help="learned from the texts (default), or GPT-2's, which tiktoken downloads once")
+    add("--vocab-size", type=between(257, 10 ** 6, int), metavar="N", help="of the tokenizer that is learned: 256 bytes, "
+        "the end token, and what is merged")
+    add("--context", type=between(8, 65536, int), metavar="N", help="tokens that the model sees, prompt and response together")
     add("--labels", choices=("bt", "soft", "argmax"), help="drawn from Bradley-Terry (default), their expectation, the paper's")
-    add("--beta", type=number, nargs="+", metavar="B", help="the price of a nat of KL; one DPO run each")
-    add("--seed", type=seed, help="of everything that is drawn (default 0)")
+    add("--beta", type=between(1e-4, 1e4), nargs="+", metavar="B", help="the price of a nat of KL; one DPO run each")
+    add("--seed", type=between(0, 2 ** 32 - 1, int), metavar="N", help="of everything that is drawn (default 0)")
     add("--reviews", type=count, metavar="N", help="that pi_ref is fine-tuned on")
-    add("--steps", type=count, metavar="N", help="of fine-tuning")
+    add("--steps", type=between(0, 10 ** 7, int), metavar="N", help="of fine-tuning")
     add("--prompts", type=count, metavar="N", help="that preferences are collected on")
-    add("--rate", type=number, help="DPO's peak learning rate at beta 1; it is scaled by beta^-1.25")
+    add("--rate", type=between(1e-12, 1e12), help="DPO's peak learning rate at beta 1; it is scaled by beta^-1.25")
     add("--batch", type=count, metavar="N", help="prompts in a step of DPO")
-    add("--held-out", type=count, metavar="N", help="prompts of the evaluation")
-    add("--samples", type=count, metavar="N", help="of pi_ref for each held-out prompt; more extend the trusted curve")
-    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps (default: %(default)s)")
+    add("--held-out", type=between(2, 10 ** 5, int), metavar="N", help="prompts of the evaluation")
+    add("--samples", type=between(8, 10 ** 5, int), metavar="N", help="of pi_ref for each held-out prompt, a multiple of 4; "
+        "more extend the trusted curve")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps (default: "
+        "%(default)s)")
     add("--out", type=Path, default=Path("out"), help="the folder of everything that is written (default: %(default)s)")
     add("--show", action="store_true", help="print one triplet token by token, its mask in brackets, and stop")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name, None) is not None}
+    own = args.data not in ("toy", "imdb")
     if args.imdb and args.data != "imdb":
         parser.error("--imdb PATH needs --data imdb")
-    settings = Settings(**(IMDB if args.data == "imdb" else {}) | given)
-    if settings.held_out < 2 or settings.samples < 8 or settings.samples % settings.completions:
-        parser.error(f"--held-out needs at least 2, --samples a multiple of {settings.completions} from 8")
+    for name in ("labels", "reviews", "prompts", "samples"):
+        if own and name in given:
+            parser.error(f"--{name} has no meaning for preferences of your own: leave it out")
+    for name in ("tokenizer", "vocab_size"):
+        if args.init and name in given:
+            parser.error(f"--{name.replace('_', '-')} has no meaning beside --init, which brings its tokenizer: leave it out")
+    defaults = (OWN | dict(data=args.data) | ({"steps": 0} if args.init else {})) if own else IMDB if args.data == "imdb" else {}
+    settings = Settings(**defaults | given)
+    if settings.samples % settings.completions:
+        parser.error(f"--samples needs a multiple of {settings.completions}")
+    if settings.steps == 0 and not args.init:
+        parser.error("--steps 0 leaves pi_ref untrained: it needs --init")
     return args, dataclasses.replace(settings, beta=tuple(dict.fromkeys(settings.beta)))
-
-
-def keep_freed_memory():
-    """Ask glibc not to hand large freed blocks back to the system, so that each logits tensor need not be paged in
-    anew. Other systems are left as they are."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter in (-1, -2, -3):                  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 1 << 30)
 
 
 def main(argv: list[str]) -> int:
     args, settings = parse(argv)
-    keep_freed_memory()
     began = time.perf_counter()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        results = run(settings, args.out, args.device, args.show)
-    except (BadInput, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        with alone_in(args.out):
+            if args.show:
+                prepare(settings, args.out, args.device, show=True)
+                return 0
+            results = run(settings, args.out, args.device)
+    except (BadInput, OSError, MemoryError) as e:
+        print("train.py:", " ".join(str(e).split())[:500] or "out of memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"train.py: interrupted; the stages that ended are kept in {args.out}, run again to go on", file=sys.stderr)
         return 130
-    if results:
-        print(summary(results))
-        print(f"{time.perf_counter() - began:.0f} s; see {args.out / 'figure.png'}, results.json and samples.txt beside it")
+    print(summary(results))
+    print(f"{time.perf_counter() - began:.0f} s; see {args.out / 'figure.png'}, results.json and samples.txt beside it")
     return 0
 
 

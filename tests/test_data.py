@@ -61,12 +61,29 @@ def test_archive_and_unpacked_folder_hold_the_same_reviews(tmp_path):
     assert data.read_imdb(tmp_path / "aclImdb") == reviews
 
 
-def test_reading_an_archive_writes_nothing_whatever_its_members_are_called(tmp_path):
-    evil = {"../../train/pos/1_9.txt": b"up", "/train/neg/2_1.txt": b"absolute"}
-    path = archive(tmp_path / "a.tar.gz", MEMBERS | evil)
-    data.read_imdb(path)
+@pytest.mark.parametrize("name, kind", [("../../train/pos/1_9.txt", tarfile.REGTYPE), ("/train/neg/2_1.txt", tarfile.REGTYPE),
+                                        ("train/pos/1_9.txt", tarfile.SYMTYPE), ("train/pos/1_9.txt", tarfile.LNKTYPE),
+                                        ("train/pos/1_9.txt", tarfile.CHRTYPE)])
+def test_an_archive_that_leads_out_of_its_folder_is_refused_and_nothing_is_written(tmp_path, name, kind):
+    path = archive(tmp_path / "a.tar.gz", {name: b""}, kind)
+    with pytest.raises(data.BadInput, match="is a link, a device, or leads out"):
+        data.read_imdb(path)
     assert [p.name for p in tmp_path.rglob("*")] == ["a.tar.gz"]
-    assert not (tmp_path.parent.parent / "train").exists()
+
+
+def test_an_archive_that_unpacks_to_far_too_much_is_refused_before_it_has(tmp_path, monkeypatch):
+    path = archive(tmp_path / "a.tar.gz", MEMBERS | {"aclImdb/train/pos/3_9.txt": bytes(30_000_000)})
+    assert path.stat().st_size < 100_000
+    given, bounded = [], data.Bounded
+
+    class Counting(bounded):
+        def read(self, n):
+            given.append(n)
+            return super().read(n)
+    monkeypatch.setattr(data, "Bounded", lambda file, limit: Counting(file, 1_000_000))
+    with pytest.raises(data.BadInput, match="unpacks to far more"):
+        data.read_imdb(path)
+    assert sum(given) < 1_100_000
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "another layout", "empty folder"])
@@ -91,9 +108,12 @@ def test_an_archive_that_cannot_be_used_is_one_clear_error(tmp_path, damage):
 
 class Download(io.BytesIO):
     """What urlopen returns, cut short or broken off."""
-    def __init__(self, content: bytes, breaks=False):
+    def __init__(self, content: bytes, breaks=False, url=data.ARCHIVE):
         super().__init__(content)
-        self.breaks = breaks
+        self.breaks, self.url = breaks, url
+
+    def geturl(self):
+        return self.url
 
     def read(self, n=-1):
         block = super().read(n)
@@ -113,7 +133,8 @@ def test_a_download_is_checked_then_renamed_and_done_once(tmp_path, monkeypatch)
     assert data.download_imdb(tmp_path / "cache") == path
 
 
-@pytest.mark.parametrize("download", [Download(b"other bytes"), Download(b"the ar", breaks=True)])
+@pytest.mark.parametrize("download", [Download(b"other bytes"), Download(b"the ar", breaks=True),
+                                      Download(b"", url="http://elsewhere.example")])
 def test_a_download_that_is_not_the_archive_leaves_nothing(tmp_path, monkeypatch, download):
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: download)
     with pytest.raises(data.BadInput, match="--imdb"):
@@ -259,10 +280,9 @@ def test_ties_and_identical_completions_are_counted():
 def test_triplets_are_json_lines_and_come_back_the_same(tmp_path):
     *_, triplets, _ = world("bt", 20)
     data.write_triplets(triplets, tmp_path / "t.jsonl")
-    assert data.read_triplets(tmp_path / "t.jsonl") == triplets
-    first = json.loads((tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert {"prompt", "chosen", "rejected"} <= set(first)
-    assert all(isinstance(first[name], str) for name in ("prompt", "chosen", "rejected"))
+    assert [json.loads(line) for line in (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()] == triplets
+    pairs = data.read_pairs(tmp_path / "t.jsonl")
+    assert pairs == [{name: t[name] for name in ("prompt", "chosen", "rejected", "weight")} for t in triplets]
 
 
 def test_grouping_keeps_every_pair_and_each_completion_once():

@@ -5,6 +5,7 @@ tests/README.md has the list: row number, statement, test.
 """
 import copy
 import dataclasses
+import json
 import math
 import random
 import re
@@ -92,7 +93,7 @@ def test_sampled_ids_are_what_is_scored(tmp_path):
     assert TOKENIZER.encode_ordinary(TOKENIZER.decode(ys[0])) != ys[0]
     found, _ = data.preferences([x], [ys], torch.tensor([[1.0, 0.0]]), TOKENIZER, "argmax", random.Random(0))
     data.write_triplets(found, tmp_path / "triplets.jsonl")
-    ids, mask, _, _ = data.group(data.read_triplets(tmp_path / "triplets.jsonl"))
+    ids, mask, _, _ = data.group([json.loads(line) for line in open(tmp_path / "triplets.jsonl", encoding="utf-8")])
     assert [ids[0, k][mask[0, k]].tolist() for k in (0, 1)] == ys
 
 
@@ -215,7 +216,7 @@ def test_small_steps_move_every_parameter():
 
 # ---------------------------------------------------------------------------------------------- the reference
 
-SETTINGS = train.Settings(batch=2, rate=1e-2)
+SETTINGS = train.Settings(batch=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -225,7 +226,7 @@ def test_training_starts_from_the_reference_and_leaves_it_alone(dtype):
     pi_ref = gpt(0, context=8).to(dtype)
     batch, before = preferences(triplets(0), pi_ref), copy.deepcopy(pi_ref.state_dict())
     scores = batch.pi_ref.clone()
-    pi_theta, records = train.optimise(pi_ref, batch, 1.0, SETTINGS)
+    pi_theta, records = train.optimise(pi_ref, batch, partial(dpo.dpo, beta=1.0), 1e-2, SETTINGS)
     assert_same(records["loss"][0], LN_2, SINGLE)
     assert all(torch.equal(p, before[name]) for name, p in pi_ref.state_dict().items())
     assert torch.equal(batch.pi_ref, scores)
@@ -245,17 +246,24 @@ def test_reference_scored_once_is_the_reference_scored_in_any_batch():
 
 def test_result_is_made_again_iff_something_it_depends_on_changed(tmp_path):
     """Scores depend on the reference, that on the seed => another seed remakes both, another number of prompts the
-    scores alone, another rate neither: a run never resumes with another reference. pitfall 17"""
+    scores alone, another rate neither; and a reference that is not the one this run made is an error: a run never
+    resumes with another reference. pitfall 17"""
     made = []
 
     def run(**changes):
         made.clear()
         stage = train.Stages(tmp_path, dataclasses.replace(SETTINGS, **changes))
         for name, needs in (("reference", "seed"), ("scores", "reference prompts")):
-            assert stage(name, needs, lambda: made.append(name) or name) == name
+            value = f"{name} of seed {stage.settings.seed}"
+            assert stage(name, needs, lambda: made.append(name) or value) == value
         return list(made)
     changes = [{}, {}, dict(rate=1.0), dict(prompts=1), dict(prompts=1, seed=1)]
     assert [run(**c) for c in changes] == [["reference", "scores"], [], [], ["scores"], ["reference", "scores"]]
+    torch.save("another reference", tmp_path / "reference.pt")
+    with pytest.raises(data.BadInput, match="reference.pt"):
+        run(**changes[-1])
+    (tmp_path / "reference.pt").unlink()
+    assert run(**changes[-1]) == ["reference"]                  # the same again, so the scores are still its own
 
 
 # ---------------------------------------------------------------------------------------------- labels and reports

@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 ROOT = Path(train.__file__).parent
 TINY = "--reviews 400 --steps 15 --prompts 40 --held-out 6 --samples 128 --batch 8".split()
 FIELDS = """method beta seed reward reward_se kl kl_se kl_median kl_p99 win_rate pair_accuracy pair_accuracy_ceiling
-            reward_slope reward_r2 length optimal_reward optimal_kl fraction_of_optimal regret""".split()
+            reward_slope reward_r2 length optimal_reward optimal_kl fraction_of_optimal regret r_hat_w r_hat_l margin""".split()
 
 
 def command(*args, **kwargs) -> subprocess.CompletedProcess:
@@ -37,6 +37,11 @@ def out(tmp_path_factory) -> Path:
     return folder
 
 
+def same(results: dict) -> dict:
+    """Without what may differ between two runs."""
+    return results | {"seconds": None, "peak_memory_bytes": None}
+
+
 def made(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
 
@@ -48,14 +53,14 @@ def test_the_experiment_writes_all_that_it_promises(out):
     for point in results["points"]:
         assert set(FIELDS) <= set(point)
         assert 0 <= point["win_rate"] <= 1 and point["kl"] > 0 and point["kl_p99"] >= point["kl_median"]
-    assert results["seconds"].keys() >= {"world", "reference", "completions", "triplets", "dpo-0.5", "evaluation-2.0"}
+    assert results["seconds"].keys() >= {"world", "reference", "completions", "scores", "dpo-0.5", "evaluation-2"}
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert "pi_ref" in (out / "samples.txt").read_text() and "beta 0.5" in (out / "samples.txt").read_text()
     assert not list(out.glob("*.part"))
 
 
 def test_triplets_of_a_run_are_its_samples_and_its_rewards(out):
-    triplets = data.read_triplets(out / "triplets.jsonl")
+    triplets = [json.loads(line) for line in open(out / "triplets.jsonl", encoding="utf-8")]
     tokens = torch.load(out / "world.pt", weights_only=True)["tokens"]
     tokenizer = data.tokenizer_of(tokens)
     for t in triplets:
@@ -68,21 +73,21 @@ def test_triplets_of_a_run_are_its_samples_and_its_rewards(out):
 def test_run_again_nothing_is_made_again_and_the_results_are_the_same(out):
     before, results = made(out), json.loads((out / "results.json").read_text())
     assert train.main([*TINY, "--beta", "0.5", "2", "--out", str(out)]) == 0
-    assert made(out) == before and json.loads((out / "results.json").read_text()) == results
+    assert made(out) == before and same(json.loads((out / "results.json").read_text())) == same(results)
 
 
 def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(out, tmp_path):
     before = made(out)
     assert train.main([*TINY, "--beta", "0.5", "1", "--rate", "0.02", "--out", str(out)]) == 0
     changed = {name for name, when in made(out).items() if before.get(name) != when}
-    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.0.pt", "evaluation-1.0.pt"}
+    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.pt", "evaluation-1.pt"}
 
 
 def test_the_same_seed_gives_the_same_results(out, tmp_path):
     for name in ("one", "two"):
         assert train.main([*TINY, "--beta", "1", "--out", str(tmp_path / name)]) == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    assert one | {"seconds": 0} == two | {"seconds": 0}
+    assert same(one) == same(two)
 
 
 def test_show_prints_one_triplet_with_its_mask(out, tmp_path, capsys):
@@ -187,24 +192,10 @@ def test_a_large_reward_at_no_kl_is_a_fraction_above_one_and_none_beyond_trust()
     assert curve["trusted"][0] and not curve["trusted"][-1]
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 32)])
-def test_muon_is_that_of_torch_to_its_bfloat16(shape):
-    start, grads = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.randn(
-        3, *shape, generator=torch.Generator().manual_seed(1))
-    ends = []
-    for optimizer in (train.Muon, torch.optim.Muon):
-        p = torch.nn.Parameter(start.clone())
-        step = optimizer([p], lr=0.1)
-        for p.grad in grads:
-            step.step()
-        ends.append(p.detach() - start)
-    assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()
-
-
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's encoding")
 def test_gpt2s_encoding_can_be_chosen(tmp_path):
     assert train.main([*TINY, "--tokenizer", "gpt2", "--beta", "1", "--steps", "3", "--out", str(tmp_path)]) == 0
-    assert torch.load(tmp_path / "reference.pt", weights_only=True)["wte.weight"].size(0) == 50257
+    assert torch.load(tmp_path / "reference.pt", weights_only=True)["config"]["vocab_size"] == 50257
 
 
 def test_gpt2s_encoding_out_of_reach_is_one_clear_error(monkeypatch):
@@ -230,8 +221,8 @@ def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
 
 
 def test_a_rate_that_diverges_is_one_clear_error(tmp_path, capsys):
-    assert train.main([*TINY, "--beta", "1", "--rate", "1e30", "--out", str(tmp_path)]) == 2
-    assert "lower --rate" in capsys.readouterr().err and not (tmp_path / "dpo-1.0.pt").exists()
+    assert train.main([*TINY, "--beta", "1", "--rate", "1e12", "--out", str(tmp_path)]) == 2
+    assert "lower --rate" in capsys.readouterr().err and not (tmp_path / "dpo-1.pt").exists()
 
 
 def test_the_loop_leaves_gradients_on_for_its_caller():
