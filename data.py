@@ -51,7 +51,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def write(path: Path, content: bytes):
-    """A file that appears whole or not at all, whatever happens meanwhile: temporary name, fsync, rename."""
+    """A file that appears whole or not at all, whatever happens meanwhile: temporary name, fsync, rename. Errors: BadInput."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
@@ -59,6 +59,8 @@ def write(path: Path, content: bytes):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); what was there is kept") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -326,10 +328,13 @@ def tokens_of(tokenizer: tiktoken.Encoding) -> list[bytes] | None:
 
 
 def tokenizer_of(tokens: list[bytes] | None) -> tiktoken.Encoding:
-    """`tokens_of` undone: the encoding whose tokens these are; the end token follows them."""
+    """`tokens_of` undone: the encoding whose tokens these are; the end token follows them. Errors: ValueError if the
+    tokens are not distinct, or a byte is not among them: such an encoding would fail on some text."""
     if tokens is None:
         return gpt2_tokenizer()
     ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) < len(tokens) or not ranks.keys() >= {bytes([b]) for b in range(256)}:
+        raise ValueError("a tokenizer needs each of the 256 bytes, and no token twice")
     return tiktoken.Encoding("reviews", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 

@@ -154,6 +154,8 @@ def read_checkpoint(path: Path) -> dict:
         config, weights = GPTConfig(**found["config"]), found["weights"]
         if config.n_layer > len(weights) or sum(w.nbytes for w in weights.values()) > len(content):
             raise ValueError("its sizes are not those of its weights")
+        if config.n_embd % config.n_head:
+            raise ValueError(f"{config.n_embd} dimensions can't be shared out among {config.n_head} heads: n_head is wrong")
         with torch.device("meta"):
             wanted = GPT(config).state_dict()
         if {name: (w.shape, w.dtype) for name, w in weights.items()} != {name: (w.shape, w.dtype) for name, w in wanted.items()}:
@@ -256,19 +258,26 @@ def unpack_triplets(packed: dict, tokenizer: tiktoken.Encoding) -> list[dict]:
 
 def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
     if settings.init:
-        return data.tokenizer_of(read_checkpoint(Path(settings.init))["tokens"])
+        return data.tokenizer_of(read_init(settings)["tokens"])
     return data.gpt2_tokenizer() if settings.tokenizer == "gpt2" else data.learn_tokenizer(texts, settings.vocab_size)
+
+
+def read_init(settings: Settings) -> dict:
+    """The checkpoint of --init, its positions cut to the context. Errors: BadInput if it has fewer."""
+    found = read_checkpoint(Path(settings.init))
+    if (context := found["config"]["context"]) < settings.context:
+        raise BadInput(f"{settings.init}: sees {context} tokens, not {settings.context}; say --context {context}, or less")
+    found["config"]["context"] = settings.context
+    found["weights"]["wpe.weight"] = found["weights"]["wpe.weight"][:settings.context]
+    return found
 
 
 def start(world: dict, settings: Settings, device: torch.device) -> GPT:
     """The model that fine-tuning begins with: the checkpoint of --init, or one drawn at random."""
     if settings.init:
-        found = read_checkpoint(Path(settings.init))
-        weights, context = found["weights"], found["config"]["context"]
-        if context < settings.context:
-            raise BadInput(f"{settings.init}: sees {context} tokens; --context must not ask for {settings.context}")
-        pi = GPT(GPTConfig(**found["config"] | dict(context=settings.context)))
-        pi.load_state_dict(weights | {"wpe.weight": weights["wpe.weight"][:settings.context]})
+        found = read_init(settings)
+        pi = GPT(GPTConfig(**found["config"]))
+        pi.load_state_dict(found["weights"])
     else:
         torch.manual_seed(settings.seed)
         pi = GPT(GPTConfig(data.tokenizer_of(world["tokens"]).n_vocab, settings.context, settings.n_layer, settings.n_head,
@@ -315,7 +324,7 @@ def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> It
 
 
 def warm_then_linear(steps: int) -> Callable[[int], float]:
-    return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / max(steps, 1))
+    return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / steps)
 
 
 def padded(lists: list[list[int]], device: torch.device) -> Tensor:
@@ -555,6 +564,7 @@ def draw_figure(results: dict, curves: list[dict[str, Tensor]], title: str) -> b
         ax.plot([p["kl"] for p in points], [p["pair_accuracy"] for p in points], "o", color=THETA, label="DPO")
         ax.plot(0, 0.5, "D", color=REF, ms=8, label=r"$\pi_\mathrm{ref}$")
         ax.set_ylabel("held-out pairs that the implicit reward orders as labelled")
+        ax.margins(x=0.15)
     for p in points:
         ax.annotate(f"$\\beta$ = {p['beta']:g}", (p["kl"], p.get("reward", p["pair_accuracy"])), xytext=(8, -12),
                     textcoords="offset points")
@@ -653,8 +663,9 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
         rewards_of = {"reward": data.toy_reward}
 
     def reference() -> dict:
-        return checkpoint(fine_tune(start(world, settings, device), unpack(world["fine_tune"]), settings), world["tokens"])
-    made = stage("reference", "world init seed n_layer n_head n_embd steps rows bf16 model.py start fine_tune token_nll "
+        pi = start(world, settings, device)
+        return checkpoint(fine_tune(pi, unpack(world["fine_tune"]), settings) if settings.steps else pi, world["tokens"])
+    made = stage("reference", "world init seed n_layer n_head n_embd steps rows bf16 model.py read_init start fine_tune token_nll "
                  "padded like_lengths warm_then_linear", reference)
     pi_ref = GPT(GPTConfig(**made["config"])).to(device).requires_grad_(False)
     pi_ref.load_state_dict(made["weights"])
@@ -730,7 +741,8 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
                                 for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= settings.samples]
     data.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     data.write(out / "samples.txt", samples_text(results, e.held, evaluations).encode())
-    title = f"{name_only['data']}, {settings.labels} labels, {e.counts['pairs']:,} pairs, seed {settings.seed}"
+    labels = f"{settings.labels} labels, " if e.rewards_of else ""
+    title = f"{name_only['data']}, {labels}{e.counts['pairs']:,} pairs, seed {settings.seed}"
     data.write(out / "figure.png", draw_figure(results, [policy["records"] for policy in policies], title))
     return results
 
@@ -761,6 +773,11 @@ def between(low: float, high: float, kind: type = float) -> Callable[[str], floa
     return parse_number
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")         # one line, without the usage
+
+
 def usable_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
@@ -769,7 +786,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Run again, finished stages are kept; a changed setting redoes what depends on it. Nothing is written outside\n"
                "--out but downloads, which go to ~/.cache/dpo, or the folder that the environment variable DPO_CACHE names.")
