@@ -1,0 +1,1 @@
+"""What goes beyond the paper. It imports the core, which never imports it."""
