@@ -514,7 +514,7 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
     x, w, l = e.pairs.pairs.T
     r_hat = dpo.implicit_reward(theta, e.pairs.pi_ref.sum(-1), beta)
     gap_hat = (r_hat[x, w] - r_hat[x, l]).double()
-    share = e.pairs.weight / e.pairs.weight.sum()
+    share = e.pairs.weight.double() / e.pairs.weight.double().sum()
     point |= {name: (share * v).sum().item() for name, v in dict(
         r_hat_w=r_hat[x, w], r_hat_l=r_hat[x, l], margin=gap_hat, pair_accuracy=(gap_hat.sign() + 1) / 2).items()}
 

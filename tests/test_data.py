@@ -306,3 +306,22 @@ def test_a_shown_triplet_has_its_response_and_only_that_in_brackets():
     inside = "".join(data.re.findall(r"\[(.*?)\]", first))
     assert inside == triplets[0]["chosen"] + data.END
     assert "[" not in first[:first.index("[")] and "rejected" in second
+
+
+def test_own_pairs_are_encoded_apart_and_share_rows_while_they_are_few():
+    """Prompt and response are joined as ids; pairs of a prompt share a number up to four distinct responses."""
+    rows = [dict(prompt="the plot is", chosen=f" superb {i}", rejected=f" dull {j}", weight=2.0)
+            for i, j in ((0, 0), (0, 1), (1, 1), (2, 2), (0, 0))] + [dict(prompt="the cast", chosen="s", rejected="d", weight=1.0)]
+    triplets = data.encode_pairs(rows, TOKENIZER, 24)
+    assert [t["number"] for t in triplets] == [0, 0, 0, 1, 1, 2]
+    for row, t in zip(rows, triplets):
+        assert t["prompt_ids"] == TOKENIZER.encode_ordinary(row["prompt"]) and t["weight"] == row["weight"]
+        for name in ("chosen", "rejected"):
+            assert t[name + "_ids"] == TOKENIZER.encode_ordinary(row[name]) + [TOKENIZER.eot_token] and t[name] == row[name]
+    assert data.group(triplets)[0].shape[:2] == (len({t["number"] for t in triplets}), 4)
+
+
+def test_a_pair_fits_if_its_longer_response_and_the_end_token_do():
+    pair = dict(prompt="a", chosen="b" * 3, rejected="c", weight=1.0)
+    needed = len(TOKENIZER.encode_ordinary("a")) + len(TOKENIZER.encode_ordinary("bbb")) + 1
+    assert len(data.encode_pairs([pair], TOKENIZER, needed)) == 1 and data.encode_pairs([pair], TOKENIZER, needed - 1) == []

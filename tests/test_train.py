@@ -131,21 +131,59 @@ def test_imdb_runs_from_an_archive_in_the_real_layout(tmp_path, capsys):
     assert train.main([*argv, "--held-out", "5000"]) == 2 and "too few reviews" in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------------------------- preferences of one's own
+
+def own(path: Path, n: int = 60) -> Path:
+    """Prompts with two to six pairs each, that prefer cheerful words."""
+    rng = random.Random(0)
+    rows = [dict(prompt=f"Film {i // 3}, in a word?", chosen=f" {rng.choice(['superb', 'moving', 'clever'])} ({i})",
+                 rejected=f" {rng.choice(['dull', 'bland'])} ({i})", source="kept by nobody") for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_own_preferences_train_with_no_true_reward(tmp_path, capsys):
+    path, out = own(tmp_path / "own.jsonl"), tmp_path / "out"
+    argv = f"--data {path} --context 48 --steps 20 --vocab-size 300 --beta 0.1 1 --rate 0.001 --batch 2 --out {out}".split()
+    assert train.main(argv) == 0
+    said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert "Held-out pairs ordered as labelled" in said and results["config"]["data"] == "own.jsonl"
+    assert results["frontier"] == [] and "reward" not in results["reference"]
+    for point in results["points"]:
+        assert point["margin"] == pytest.approx(point["r_hat_w"] - point["r_hat_l"], abs=1e-5)
+        assert point["kl"] > 0 and 0 <= point["pair_accuracy"] <= 1 and "reward" not in point
+    assert max(p["pair_accuracy"] for p in results["points"]) > 0.9
+    triplets = [json.loads(line) for line in open(out / "triplets.jsonl", encoding="utf-8")]
+    assert {t["prompt"] for t in triplets} < {json.loads(line)["prompt"] for line in open(path)}        # some are held out
+    assert (out / "figure.png").exists() and "beta 0.1" in (out / "samples.txt").read_text(encoding="utf-8")
+    assert train.main(["--data", str(out / "triplets.jsonl"), *argv[2:-1], str(tmp_path / "again")]) == 0       # reads what it writes
+
+
+def test_checkpoint_is_the_reference_as_it_is_or_fine_tuned_further(tmp_path):
+    path, first = own(tmp_path / "own.jsonl"), tmp_path / "first"
+    flags = f"--data {path} --beta 1 --batch 8".split()
+    assert train.main([*flags, "--context", "48", "--steps", "20", "--vocab-size", "300", "--out", str(first)]) == 0
+    before = train.read_checkpoint(first / "reference.pt")["weights"]
+    for more in ([], ["--steps", "3"]):
+        out = tmp_path / f"then{len(more)}"
+        assert train.main([*flags, "--init", str(first / "reference.pt"), "--context", "40", *more, "--out", str(out)]) == 0
+        after = train.read_checkpoint(out / "reference.pt")
+        assert after["config"]["context"] == 40 and torch.equal(after["weights"]["wte.weight"], before["wte.weight"]) == (not more)
+    policy = train.read_checkpoint(first / "dpo-1.pt")["weights"]              # pi_theta can be started from as well
+    assert not torch.equal(policy["wte.weight"], before["wte.weight"])
+
+
+def test_pairs_that_do_not_fit_are_dropped_counted_and_said(tmp_path, capsys):
+    """Neither prompt nor response is ever cut: a pair that does not fit is left out.  pitfall 20"""
+    path = own(tmp_path / "own.jsonl")
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(dict(prompt="Film 0, in a word?", chosen=" no" * 60, rejected=" yes")) + "\n")
+    assert train.main(f"--data {path} --context 48 --steps 1 --vocab-size 300 --show --out {tmp_path / 'out'}".split()) == 0
+    said = capsys.readouterr().out
+    assert "1 of 61 pairs do not fit in 48 tokens" in said and "chosen" in said and "nats" not in said
+
+
 # --------------------------------------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("flags", ["--unknown 1", "--beta 0", "--beta nan", "--beta -1", "--prompts 0", "--labels best",
-                                   "--data nowhere", "--data imdb --imdb nowhere.tar.gz", "--rate inf", "--seed x",
-                                   "--device abacus", "--seed -1", "--held-out 1", "--samples 30", "--imdb somewhere"])
-def test_bad_input_is_one_clear_line_and_exit_code_2(flags, tmp_path, capsys):
-    try:
-        code = train.main([*flags.split(), "--out", str(tmp_path)])
-    except SystemExit as e:         # argparse's way
-        code = e.code
-    assert code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("train.py: ") and "Traceback" not in last
-    assert not list(tmp_path.glob("*.pt"))
-
 
 def test_an_interrupted_run_says_so_and_keeps_its_stages(tmp_path, monkeypatch, capsys):
     def interrupt(*args):
