@@ -1,0 +1,1 @@
+"""What came after DPO. Nothing in the core imports it."""
