@@ -290,12 +290,11 @@ def test_ipo_is_least_at_a_finite_margin(tau, p, off):
 
 @given(seed=seeds, tau=betas)
 def test_ipo_looks_at_sums_over_tokens(seed, tau):
-    """Each response's log-ratio moved into its first token, or spread over all => the same IPO loss: a sum, and no mean.
-    pitfall 6"""
+    """Responses of one token each, with the log-probabilities that the whole ones had => the same IPO loss: a sum, and no
+    mean. pitfall 6"""
     theta, batch = tokens(seed)
-    moved = torch.zeros_like(theta)
-    moved[..., 0] = (theta - batch.pi_ref).sum(-1)
-    assert_same(losses.ipo(moved, replace(batch, pi_ref=torch.zeros_like(theta)), tau)[0], losses.ipo(theta, batch, tau)[0])
+    short = replace(batch, mask=batch.mask.any(-1, keepdim=True), pi_ref=batch.pi_ref.sum(-1, keepdim=True))
+    assert_same(losses.ipo(theta.sum(-1, keepdim=True), short, tau)[0], losses.ipo(theta, batch, tau)[0])
 
 
 # ---------------------------------------------------------------------------------------------- hinge

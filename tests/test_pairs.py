@@ -47,7 +47,7 @@ def test_optimal_policy_is_a_fixed_point_of_online_dpo(w):
 def test_online_pairs_are_the_policys_own_with_bradley_terry_labels(x):
     """K = 2 => the frequency of the triplet (x, y, y') is 2 pi_theta(y|x) pi_theta(y'|x) s(r - r') within five standard errors;
     a pair of the same twice is dropped"""
-    pi, n = gpt(0), 20_000
+    pi, n = gpt(0), 6_000
     draw = partial(sample, pi, end=END, generator=torch.Generator().manual_seed(0))
     found = pairs.online([x] * n, 2, draw, letters, LETTERS, "bt", random.Random(0))
     counts = Counter((tuple(t["chosen_ids"]), tuple(t["rejected_ids"])) for t in found)
@@ -88,11 +88,12 @@ def test_best_and_worst_of_n_have_the_laws_of_extremes(w, N):
 
 
 def test_best_and_worst_make_the_widest_pair():
-    """Labels "argmax" of the best and the worst of N  =>  one triplet a prompt, whose gap is max r - min r; none if all tie"""
+    """Labels "argmax" of the best and the worst of N => one triplet a prompt, with gap max r - min r; none if all tie"""
     completions = [[[k] for k in (0, 1, END)], [[k] for k in (0, 1, END)]]
     r = torch.tensor([[0.5, 2.0, -1.0], [1.0, 1.0, 1.0]])
     found, _ = data.preferences([[0], [1]], *pairs.best_and_worst(completions, r), LETTERS, "argmax", random.Random(0))
-    assert [(t["chosen_ids"], t["rejected_ids"], t["reward_chosen"] - t["reward_rejected"]) for t in found] == [([1], [END], 3.0)]
+    assert [(t["chosen_ids"], t["rejected_ids"]) for t in found] == [([1], [END])]
+    assert found[0]["reward_chosen"] - found[0]["reward_rejected"] == 3.0
 
 
 # ---------------------------------------------------------------------------------------------- rejection sampling
@@ -115,8 +116,8 @@ def test_a_bound_that_rewards_pass_is_refused():
 
 
 def test_the_best_of_the_samples_is_no_bound():
-    """Not a theorem: with the largest of N rewards for r_max the accepted law is pi_r. Counterexample: N = 2, all draws listed,
-    r = (0, 1, 2); the mean reward of the accepted is too low, and not so low for N = 4"""
+    """Not a theorem: with the largest of N rewards for r_max the accepted law is pi_r. Counterexample: N = 2, all draws
+    listed, r = (0, 1, 2); the mean reward of the accepted is too low, and not so low for N = 4"""
     pi_ref, r, beta = policy(3, 0, 1.0), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), 0.5
     best = mean(dpo.optimal_policy(pi_ref, r, beta)[0], r)
 
@@ -128,8 +129,8 @@ def test_the_best_of_the_samples_is_no_bound():
 
 
 def test_accepted_samples_have_the_optimal_policys_frequencies():
-    """N samples of pi_ref, the first K accepted kept => each is y with probability pi_r(y) within five standard errors, prompts
-    with fewer are left out, and what is kept stays with its prompt and reward"""
+    """N samples of pi_ref, the first K accepted kept => each is y with probability pi_r(y) within five standard errors,
+    prompts with fewer are left out, and what is kept stays with its prompt and reward"""
     P, N, K, beta = 20_000, 6, 2, 1.0
     pi_ref, r = policy(4, 1, 1.0), uniform((4,), -2.0, 2.0, 2)
     drawn = torch.multinomial(pi_ref.exp(), P * N, replacement=True, generator=torch.Generator().manual_seed(0)).view(P, N)
@@ -160,7 +161,7 @@ def test_of_a_prompt_with_too_few_accepted_nothing_is_kept():
 
 @given(w=small_worlds)
 def test_rankings_have_plackett_luces_frequencies(w):
-    """Sorting r + Gumbel noise  =>  each of K! rankings has probability prod_k exp r_k / sum_{j >= k} exp r_j, within five
+    """Sorting r + Gumbel noise => each of K! rankings has probability prod_k exp r_k / sum_{j >= k} exp r_j, within five
     standard errors.  Eq. 18"""
     n, K = 4000, len(w.r)
     of, weight = pairs.rankings(w.r.expand(n, K), torch.Generator().manual_seed(0))
