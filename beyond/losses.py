@@ -75,7 +75,7 @@ def robust(pi_theta: Tensor, batch: Preferences, beta: float, epsilon: float) ->
 # ------------------------------------------------------------------------------------------------------ other curves
 
 def ipo(pi_theta: Tensor, batch: Preferences, tau: float) -> PerPair:
-    """( h - 1 / (2 tau) )^2.  2310.12036, Eq. 17, whose tau is beta's like: r_hat has it in beta's place.
+    """( h - 1 / (2 tau) )^2.  2310.12036, Eq. 17; tau plays the part of beta, in r_hat too.
     Optimum: h = (2p - 1) / (2 tau), finite even at p = 1."""
     A, B = log_ratios(pi_theta, batch)
     return (A - B - 1 / (2 * tau)).square(), tau * A, tau * B
@@ -92,7 +92,8 @@ def hinge(pi_theta: Tensor, batch: Preferences, beta: float) -> PerPair:
 
 def mismatched(ids: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """For each prompt x one of the completions of another prompt, at random, put after x and cut to the length that there is:
-    ids and mask (P, K, T) -> (P, 1, T). Errors: ValueError if more than half of the prompts are the same."""
+    ids and mask (P, K, T), no prompt without its first completion -> (P, 1, T). Errors: ValueError if more than half of the
+    prompts are the same."""
     P, _, T = ids.shape
     places, start = torch.arange(T, device=ids.device), mask[:, 0].int().argmax(-1)         # start (P,) = |x|
     is_x = places < start[:, None]                                                          # (P, T)
@@ -211,7 +212,7 @@ def plackett_luce(pi_theta: Tensor, batch: Preferences, beta: float) -> PerPair:
     if (place.isfinite() & (place != torch.arange(place.size(-1), device=place.device))).any():
         raise ValueError("the pairs of a prompt are no ranking: draw them with `pairs.rankings`")
     r_hat = dpo.implicit_reward(pi_theta.sum(-1), batch.pi_ref.sum(-1), beta)
-    ranked = r_hat.masked_fill(unranked, -1e30).gather(-1, order)           # the unranked are last, and nothing beside others
+    ranked = r_hat.masked_fill(unranked, -1e30).gather(-1, order)           # last, and never chosen before the others are
     return -dpo.plackett_luce(ranked)[batch.pairs[:, 0]], *of_pairs(r_hat, batch)
 
 

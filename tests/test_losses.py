@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import data
 import dpo
+import train
 from beyond import losses
 from beyond.pairs import rankings
 from worlds import (LN_2, World, assert_at_most, assert_same, betas, bigram, gpt, log_probability, margins, mild_worlds,
@@ -657,7 +658,8 @@ def test_each_loss_trains_through_the_loop(name):
     """A GPT, some prompts with fewer completions than others => dpo.train with this loss has finite records and gradients,
     and lowers the loss by a tenth at least"""
     pi_ref = gpt(0, context=8)
-    batch = losses.with_mismatched(preferences(triplets(3, 6), pi_ref), scorer(pi_ref), torch.Generator().manual_seed(0))
+    score, generator = partial(train.score, pi_ref), torch.Generator().manual_seed(0)
+    batch = losses.with_mismatched(preferences(triplets(3, 6), pi_ref), score, generator)
     assert not batch.mask.any(-1).all()
     one_way = (batch.pairs[:, 1] < batch.pairs[:, 2]).nonzero().flatten()               # no pair in both orders
     batch = replace(batch, pairs=batch.pairs[one_way], weight=batch.weight[one_way])

@@ -45,8 +45,8 @@ def test_optimal_policy_is_a_fixed_point_of_online_dpo(w):
 
 @pytest.mark.parametrize("x", [[0], [1, 0]])
 def test_online_pairs_are_the_policys_own_with_bradley_terry_labels(x):
-    """K = 2 => the frequency of the triplet (x, y, y') is 2 pi_theta(y|x) pi_theta(y'|x) s(r - r') within five standard errors;
-    a pair of the same twice is dropped"""
+    """K = 2 => the frequency of the triplet (x, y, y') is 2 pi_theta(y|x) pi_theta(y'|x) s(r - r') within five standard
+    errors; a pair of the same twice is dropped"""
     pi, n = gpt(0), 6_000
     draw = partial(sample, pi, end=END, generator=torch.Generator().manual_seed(0))
     found = pairs.online([x] * n, 2, draw, letters, LETTERS, "bt", random.Random(0))
@@ -65,7 +65,8 @@ def test_completions_stay_with_their_prompts_and_rewards(seed, N):
     """N completions each of several prompts  =>  row p of completions and of rewards is of prompt p"""
     rng = random.Random(seed)
     prompts = [[rng.randrange(2) for _ in range(rng.randint(1, 3))] for _ in range(5)]
-    completions, r = pairs.completed(prompts, N, lambda xs: [x[::-1] + [i % 2, END] for i, x in enumerate(xs)], letters, LETTERS)
+    completions, r = pairs.completed(prompts, N, lambda xs: [x[::-1] + [i % 2, END] for i, x in enumerate(xs)], letters,
+                                     LETTERS)
     for p, x in enumerate(prompts):
         assert completions[p] == [x[::-1] + [(p * N + k) % 2, END] for k in range(N)]
         assert_same(r[p], letters([data.text_of(x + y, LETTERS) for y in completions[p]]))
