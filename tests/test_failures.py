@@ -1,11 +1,13 @@
 """Where preference optimization breaks, and that it must: failures that are theorems, with their closed forms."""
 import math
+from functools import partial
 
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dpo
+from beyond import losses
 from worlds import (Bigram, assert_at_most, assert_same, betas, kl, margins, mean, mild_worlds, minimise, objective, policy,
                     population, population_loss, seeds, uniform, worlds)
 
@@ -48,17 +50,10 @@ def margin_after_training(loss, steps: int) -> float:
     return (theta[0] - theta[1] - pi_ref.sum(-1)[0, 0] + pi_ref.sum(-1)[0, 1]).item()
 
 
-def test_squared_loss_stops_at_a_margin_that_dpo_runs_past():
-    """y_w always wins  =>  the loss (h - 1/(2 tau))^2 of IPO stops training at h = 1/(2 tau), and Eq. 7 goes on"""
-    tau = 0.2
-
-    def squared(pi_theta, batch):
-        r_hat_w, r_hat_l = dpo.dpo(pi_theta, batch, 1.0)[1:]
-        return (r_hat_w - r_hat_l - 1 / (2 * tau)).square(), r_hat_w, r_hat_l
-
-    def eq_7(pi_theta, batch):
-        return dpo.dpo(pi_theta, batch, 1.0)
-    assert_same(margin_after_training(squared, 200), 1 / (2 * tau))
+def test_ipo_stops_at_a_margin_that_dpo_runs_past():
+    """y_w always wins  =>  IPO stops training at h = 1/(2 tau), and Eq. 7 goes on"""
+    tau, eq_7 = 0.2, partial(dpo.dpo, beta=1.0)
+    assert_same(margin_after_training(partial(losses.ipo, tau=tau), 200), 1 / (2 * tau))
     assert margin_after_training(eq_7, 400) > margin_after_training(eq_7, 200) > 1 / (2 * tau)
 
 
@@ -136,16 +131,17 @@ def test_proxy_reward_first_helps_and_then_hurts():
 
 # ---------------------------------------------------------------------------------------------- verbosity
 
-def push_on_length(u, q0: float, gap: int, p: float, beta: float, alpha: float = 0.0) -> torch.Tensor:
-    """dL/du at u = log(1 - q) for geometric lengths, log pi(n) = (n - 1) u + log q, where a response that is longer
-    by gap tokens wins with probability p, against a reference that stops with probability q0. With alpha, the margin
-    becomes z + alpha (|y_w| - |y_l|), as in R-DPO: the reference's log-probability falls by alpha / beta a token."""
-    u, u0 = number(u).requires_grad_(), torch.log1p(-number(q0))
-    long, short, ref_long, ref_short = [(n - 1) * v + torch.log(-torch.expm1(v)) for v in (u, u0) for n in (1 + gap, 1)]
-    ref_long = ref_long - alpha * gap / beta
-    wins, _, _ = dpo.dpo_loss(long, short, ref_long, ref_short, beta)
-    loses, _, _ = dpo.dpo_loss(short, long, ref_short, ref_long, beta)
-    return torch.autograd.grad(p * wins + (1 - p) * loses, u)[0]
+def push_on_length(loss, u, q0: float, gap: int, p: float) -> torch.Tensor:
+    """dL/du at u = log(1 - q) for geometric lengths: each token but the last has log-probability u, the last log q. A
+    response of 1 + gap tokens wins over one of 1 token with probability p; the reference stops with probability q0."""
+    def tokens(u):
+        stop = torch.log(-torch.expm1(u))
+        return torch.stack((torch.stack((*[u] * gap, stop)), torch.stack((stop, *[ZERO] * gap))))[None]
+    u = number(u).requires_grad_()
+    mask = torch.tensor([[[True] * (1 + gap), [True] + [False] * gap]])
+    batch = dpo.Preferences(mask.long(), mask, tokens(torch.log1p(-number(q0))), torch.tensor([[0, 0, 1], [0, 1, 0]]),
+                            number([p, 1 - p]))
+    return torch.autograd.grad((batch.weight * loss(tokens(u), batch)[0]).sum(), u)[0]
 
 
 stops = st.integers(1, 9).map(lambda k: k / 10)
@@ -161,25 +157,25 @@ def optimal_u(q0: float, gap: int, p: float, beta: float) -> float:
 def test_preference_for_length_sets_the_stop_probability(q0, gap, p, beta):
     """The longer by `gap` wins with probability p => 1 - q = (1 - q0) exp(logit(p) / (beta gap)) is optimal while
     below 1"""
-    u = optimal_u(q0, gap, p, beta)
+    u, eq_7 = optimal_u(q0, gap, p, beta), partial(dpo.dpo, beta=beta)
     assume(u < -1e-6)
-    assert_same(push_on_length(u, q0, gap, p, beta), 0.0)
-    assert push_on_length(1.5 * u, q0, gap, p, beta) < 0 < push_on_length(u / 2, q0, gap, p, beta)
+    assert_same(push_on_length(eq_7, u, q0, gap, p), 0.0)
+    assert push_on_length(eq_7, 1.5 * u, q0, gap, p) < 0 < push_on_length(eq_7, u / 2, q0, gap, p)
 
 
 @given(q0=stops, gap=gaps, p=labels, beta=betas, u=st.integers(1, 50).map(lambda k: -k / 10))
 def test_strong_preference_for_length_makes_it_diverge(q0, gap, p, beta, u):
     """(1 - q0) exp(logit(p) / (beta gap)) >= 1  =>  dL/dlog(1 - q) < 0 at every q: q -> 0, and the length diverges"""
     assume(optimal_u(q0, gap, p, beta) >= 0)
-    assert push_on_length(u, q0, gap, p, beta) < 0
+    assert push_on_length(partial(dpo.dpo, beta=beta), u, q0, gap, p) < 0
 
 
 @given(q0=stops, gap=gaps, p=labels, beta=betas)
 def test_a_length_penalty_restores_the_references_stop_probability(q0, gap, p, beta):
     """The longer by `gap` wins with probability p, and alpha = logit(p) / gap  =>  R-DPO's optimum is 1 - q = 1 - q0"""
-    alpha, u0 = math.log(p / (1 - p)) / gap, math.log(1 - q0)
-    assert_same(push_on_length(u0, q0, gap, p, beta, alpha), 0.0)
-    assert push_on_length(1.5 * u0, q0, gap, p, beta, alpha) < 0 < push_on_length(u0 / 2, q0, gap, p, beta, alpha)
+    loss, u0 = partial(losses.r_dpo, beta=beta, alpha=math.log(p / (1 - p)) / gap), math.log(1 - q0)
+    assert_same(push_on_length(loss, u0, q0, gap, p), 0.0)
+    assert push_on_length(loss, 1.5 * u0, q0, gap, p) < 0 < push_on_length(loss, u0 / 2, q0, gap, p)
 
 
 # ---------------------------------------------------------------------------------------------- coverage

@@ -3,11 +3,12 @@ import re
 from pathlib import Path
 
 import dpo
+from beyond import losses, pairs
 
 HERE = Path(__file__).parent
 TABLES = [[[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table.splitlines()[2:]]
           for table in re.findall(r"(?:^\|.*\n)+", (HERE / "README.md").read_text(encoding="utf-8"), re.M)]
-EQUATIONS, PITFALLS = TABLES
+EQUATIONS, AFTERWARDS, PITFALLS = TABLES
 
 # Each test's docstring, by its name.
 DOCUMENTED = r'^def (test_\w+)\(.*\):\n    """((?:.|\n)*?)"""'
@@ -49,6 +50,13 @@ def test_every_function_named_beside_an_equation_is_in_dpo():
     assert all(hasattr(dpo, name) for row in EQUATIONS for name in re.findall(r"`(\w+)`", row[1]))
 
 
+def test_every_loss_that_came_after_has_a_row():
+    """A row's second column  =>  functions of beyond/, and every loss of LOSSES but DPO"""
+    named = {name for row in AFTERWARDS for name in re.findall(r"`(\w+)`", row[1])}
+    assert [name for name in named if not hasattr(losses, name) and not hasattr(pairs, name)] == []
+    assert set(losses.LOSSES) - {"dpo"} <= named and all(named_in(row[3]) for row in AFTERWARDS)
+
+
 def test_every_notebook_section_named_exists():
     """A row's last column, where it is not empty  =>  a heading of derive.ipynb"""
     notebook = (HERE.parent / "derive.ipynb").read_text(encoding="utf-8")
@@ -62,8 +70,9 @@ def test_every_pitfall_has_a_row_with_a_test_or_a_reason():
 
 
 def test_every_test_in_the_tables_exists():
-    """A name in either table  =>  a test with a docstring"""
-    assert [name for row in EQUATIONS + PITFALLS for name in named_in(row[2]) if name not in SAID] == []
+    """A name in any table  =>  a test with a docstring"""
+    named = [name for row in EQUATIONS + AFTERWARDS + PITFALLS for name in named_in(" ".join(row))]
+    assert [name for name in named if name not in SAID] == []
 
 
 def test_docstrings_and_table_agree_on_pitfalls():

@@ -1,7 +1,8 @@
-"""The theorems have teeth: each wrong edit of dpo.py makes a named theorem fail, and the source as it is does not.
+"""The theorems have teeth: each wrong edit of dpo.py, beyond/losses.py or beyond/pairs.py makes a named theorem fail, and the
+sources as they are do not.
 
 An edit replaces text that occurs exactly once; the edited source is run as a module of its own, whose names then
-take the place of dpo's while the theorem is tried. An edit that no theorem notices would be a missing theorem.
+take the place of the module's while the theorem is tried. An edit that no theorem notices would be a missing theorem.
 """
 import importlib
 import sys
@@ -12,8 +13,7 @@ import hypothesis
 import pytest
 
 import dpo
-
-SOURCE = Path(dpo.__file__).read_text(encoding="utf-8")
+from beyond import losses, pairs
 
 LOSS, UPCAST = "-F.logsigmoid(r_hat_w - r_hat_l)", "logits = at_least_float32(pi(ids[:, :-1]))"
 PAIRS = "theta[x, w], theta[x, l], ref[x, w], ref[x, l], beta"
@@ -244,18 +244,235 @@ EDITS = {   # what is wrong: the text of dpo.py, what takes its place, the theor
         "pi_theta_w=pi.sum(-1)[x, w]", "pi_theta_w=pi.sum(-1)[x, l]",
         LOOP + "records_are_means_over_pairs_by_weight"),
 }
+LAWS = "test_losses.test_"
+IPO, Z_0, MEANS = "return (A - B - 1 / (2 * tau)).square()", ".mean().clamp(min=0).detach()", "mean_logps(pi_theta, batch)"
+RATIO, HARD = "(pi_theta - batch.pi_ref).sum(-1), batch)", "(A - 1 / (2 * beta)).square() + (B + 1 / (2 * beta)).square()"
+UNPAIRED, RESTATED = "batch.mask.any(-1) & (won + lost == 0)", LAWS + "each_loss_is_its_restatement"
+TAIL = """alpha * tokens).sum(-1) for tokens, mask in
+                        zip(of_pairs(pi_theta - batch.pi_ref, batch), of_pairs(batch.mask, batch))"""
+
+EDITS_OF_LOSSES = {     # the same of beyond/losses.py
+    # what all share
+    "reference left out": (
+        RATIO, "pi_theta.sum(-1), batch)",
+        LAWS + "only_orpo_and_simpo_are_reference_free"),
+    "log-ratio of a position": (
+        RATIO, RATIO.replace("sum", "mean"),
+        RESTATED),
+    "y_w and y_l swapped": (
+        "return values[x, w], values[x, l]", "return values[x, l], values[x, w]",
+        LAWS + "conservative_loss_without_noise_is_dpo"),
+    "means before pairs": (
+        "return theta_w.sum(-1) / mask_w.sum(-1), theta_l.sum(-1) / mask_l.sum(-1)",
+        "return of_pairs(pi_theta.sum(-1) / batch.mask.sum(-1), batch)",
+        LAWS + "empty_completions_and_padding_are_invisible"),
+    # noisy labels
+    "label smoothing's sign": (
+        "- epsilon * F.logsigmoid(-z), beta", "+ epsilon * F.logsigmoid(-z), beta",
+        LAWS + "conservative_loss_is_least_at_the_logit_of_its_confidence"),
+    "label smoothing on top of a whole label": (
+        "return -(1 - epsilon) * F.logsigmoid(z)", "return -F.logsigmoid(z)",
+        LAWS + "conservative_loss_is_dpos_mean_over_flips"),
+    "robust loss's sign": (
+        "+ epsilon * F.logsigmoid(-z)", "- epsilon * F.logsigmoid(-z)",
+        LAWS + "robust_loss_averages_over_flips_to_the_clean_one"),
+    "robust loss not rescaled": (
+        " / (1 - 2 * epsilon)", "",
+        LAWS + "robust_loss_averages_over_flips_to_the_clean_one"),
+    "robust loss kept positive": (
+        "return (-(1 - epsilon)", "return F.relu(-(1 - epsilon)",
+        LAWS + "robust_loss_of_one_pair_has_no_lower_bound"),
+    # other curves
+    "IPO's silent average": (
+        IPO, "A, B = (v / n for v, n in zip((A, B), of_pairs(batch.mask.sum(-1), batch)))\n    " + IPO,
+        LAWS + "ipo_looks_at_sums_over_tokens"),
+    "IPO's margin doubled": (
+        IPO, "return (A - B - 1 / tau).square()",
+        LAWS + "ipo_is_least_at_a_finite_margin"),
+    "IPO's tau inside the square": (
+        IPO, "return (tau * (A - B) - 1 / 2).square()",
+        LAWS + "ipo_is_least_at_a_finite_margin"),
+    "IPO's r_hat without tau": (
+        "tau * A, tau * B", "A, B",
+        RESTATED),
+    "hinge at 0": (
+        "F.relu(1 - beta * (A - B))", "F.relu(-beta * (A - B))",
+        LAWS + "hinge_stops_at_a_margin_of_one_for_any_majority"),
+    "hinge without beta": (
+        "F.relu(1 - beta * (A - B))", "F.relu(1 - (A - B))",
+        LAWS + "hinge_has_no_gradient_iff_the_margin_exceeds_one"),
+    # KTO
+    "z_0 from matched pairs": (
+        UNPAIRED, UNPAIRED.replace("==", ">"),
+        LAWS + "ktos_reference_point_is_the_mean_over_mismatched_completions"),
+    "z_0 from empty completions too": (
+        UNPAIRED, "won + lost == 0",
+        LAWS + "empty_completions_and_padding_are_invisible"),
+    "gradient through z_0": (
+        Z_0, Z_0.replace(".detach()", ""),
+        LAWS + "no_gradient_passes_through_ktos_reference_point"),
+    "z_0 below 0": (
+        Z_0, ".mean().detach()",
+        LAWS + "ktos_reference_point_is_never_negative"),
+    "KTO's undesirable side turned": (
+        "torch.sigmoid(beta * (B - z_0))", "torch.sigmoid(beta * (z_0 - B))",
+        LAWS + "kto_compares_with_its_reference_point_on_either_side"),
+    "KTO's undesirable side compared with y_w": (
+        "torch.sigmoid(beta * (B - z_0))", "torch.sigmoid(beta * (B - A))",
+        LAWS + "kto_is_linear_in_the_sigmoid_of_the_log_ratio"),
+    "KTO's log-sigmoid": (
+        "lam_D * torch.sigmoid(beta * (z_0 - A))", "lam_D * -F.logsigmoid(beta * (A - z_0))",
+        LAWS + "kto_is_linear_in_the_sigmoid_of_the_log_ratio"),
+    "KTO's weights alike": (
+        "(lam_D * torch", "(lam_U * torch",
+        LAWS + "kto_is_linear_in_the_sigmoid_of_the_log_ratio"),
+    "a prompt's own completion for a mismatched one": (
+        "order.roll(most)", "order",
+        LAWS + "mismatched_completions_are_those_of_other_prompts"),
+    "a completion of the same prompt elsewhere": (
+        "order.roll(most)", "order.roll(1)",
+        LAWS + "mismatched_completions_are_those_of_other_prompts"),
+    "a mismatched completion where it stood": (
+        "(start[other] - start)", "(start - start)",
+        LAWS + "mismatched_completions_are_those_of_other_prompts"),
+    "mismatched completions not scored": (
+        "pi_ref=score(ids, mask)", "pi_ref=torch.zeros(ids.shape)",
+        LAWS + "mismatched_completions_are_those_of_other_prompts"),
+    "always the first completion": (
+        "torch.multinomial(mask.any(-1).float().cpu(), 1, generator=generator).to(ids.device)[other, 0]", "0 * other",
+        LAWS + "every_completion_of_another_prompt_can_be_the_mismatched_one"),
+    # SPPO
+    "SPPO of the margin alone": (
+        HARD, "(A - B - 1 / beta).square()",
+        LAWS + "hard_sppo_pins_both_log_ratios"),
+    "SPPO's y_l raised": (
+        HARD, HARD.replace("B + 1", "B - 1"),
+        LAWS + "hard_sppo_pins_both_log_ratios"),
+    "SPPO's beta for its eta": (
+        "(A - (P_w - 0.5) / beta)", "(A - (P_w - 0.5) * beta)",
+        LAWS + "sppo_with_probabilities_pins_every_log_ratio"),
+    "SPPO's wins counted, not weighed": (
+        "tally(batch, batch.weight)", "tally(batch, torch.ones_like(batch.weight))",
+        LAWS + "sppo_with_probabilities_pins_every_log_ratio"),
+    "SPPO's probability for its excess over a half": (
+        "(P_l - 0.5)", "P_l",
+        LAWS + "sppo_of_two_with_sure_labels_is_the_hard_one"),
+    # without a reference
+    "ORPO on sums": (
+        "m_w, m_l = " + MEANS, "m_w, m_l = of_pairs(pi_theta.sum(-1), batch)",
+        LAWS + "losses_of_means_ignore_repetition"),
+    "ORPO's probabilities for odds": (
+        "m - torch.log(-torch.expm1(m)) for", "m for",
+        LAWS + "log_odds_of_two_arms_are_twice_their_log_ratio"),
+    "ORPO's fine-tuning turned round": (
+        "return -m_w - lam", "return m_w - lam",
+        LAWS + "log_odds_of_two_arms_are_twice_their_log_ratio"),
+    "SimPO without lengths": (
+        "beta * m for m in " + MEANS, "beta * m for m in of_pairs(pi_theta.sum(-1), batch)",
+        LAWS + "losses_of_means_ignore_repetition"),
+    "SimPO's reference": (
+        "beta * m for m in " + MEANS, "beta * m for m in mean_logps(pi_theta - batch.pi_ref, batch)",
+        LAWS + "simpo_at_equal_lengths_is_dpo_from_a_uniform_reference"),
+    "SimPO's margin subtracted": (
+        "F.logsigmoid(r_hat_w - r_hat_l - gamma)", "F.logsigmoid(r_hat_w - r_hat_l + gamma)",
+        LAWS + "simpo_asks_for_its_margin"),
+    # displacement and length
+    "DPOP's penalty where y_w has risen": (
+        "F.relu(-A)", "F.relu(A)",
+        LAWS + "positive_loss_is_dpos_iff_the_chosen_response_has_not_fallen"),
+    "DPOP's penalty a bonus": (
+        "- beta * lam * F.relu", "+ beta * lam * F.relu",
+        LAWS + "positive_loss_is_dpos_iff_the_chosen_response_has_not_fallen"),
+    "DPOP's penalty on either sign": (
+        "F.relu(-A)", "-A",
+        LAWS + "positive_loss_is_dpos_iff_the_chosen_response_has_not_fallen"),
+    "R-DPO's sign": (
+        "+ alpha * (length_w - length_l)", "- alpha * (length_w - length_l)",
+        LAWS + "length_penalised_dpo_finds_the_tilt_of_the_penalised_reward"),
+    "R-DPO's alpha times beta": (
+        "+ alpha * (length_w - length_l)", "+ alpha * beta * (length_w - length_l)",
+        "test_failures.test_a_length_penalty_restores_the_references_stop_probability"),
+    "LD-DPO in pi_theta alone": (
+        TAIL, TAIL.replace("tokens)", "tokens - (1 - alpha) * ref)").replace("mask in", "mask, ref in")
+        .replace("mask, batch)", "mask, batch), of_pairs(batch.pi_ref, batch)"),
+        LAWS + "losses_that_compare_with_the_reference_start_at_ln_2"),
+    "LD-DPO one token early": (
+        "<= shorter", "< shorter",
+        LAWS + "length_desensitised_dpo_is_dpo_where_nothing_is_discounted"),
+    "LD-DPO beyond the longer": (
+        "torch.minimum(", "torch.maximum(",
+        LAWS + "length_desensitised_dpo_discounts_the_longer_responses_tail"),
+    # rankings
+    "worst first": (
+        "place, order = lost", "place, order = won",
+        LAWS + "ranking_loss_of_pairs_is_dpo"),
+    "all completions ranked": (
+        ".masked_fill(unranked, -1e30)", "",
+        RESTATED),
+    "rankings of other prompts": (
+        "[batch.pairs[:, 0]], *", "[batch.pairs[:, 0] * 0], *",
+        LAWS + "ranking_dpo_on_the_population_finds_the_optimal_policy"),
+}
+
+DRAWN = "test_pairs.test_"
+GUMBEL, EXTREMES = "torch.empty_like(r).exponential_(generator=generator).log()", "(rewards.argmax(1), rewards.argmin(1))"
+
+EDITS_OF_PAIRS = {      # the same of beyond/pairs.py
+    "labels turned round": (
+        "data.preferences(prompts, completions, rewards,", "data.preferences(prompts, completions, -rewards,",
+        DRAWN + "online_pairs_are_the_policys_own_with_bradley_terry_labels"),
+    "rewards of other prompts": (
+        "rewards.view(-1, N)", "rewards.view(N, -1).T",
+        DRAWN + "completions_stay_with_their_prompts_and_rewards"),
+    "worst and best": (
+        EXTREMES, "(rewards.argmin(1), rewards.argmax(1))",
+        DRAWN + "best_and_worst_of_n_have_the_laws_of_extremes"),
+    "best and second best": (
+        EXTREMES, "rewards.topk(2, 1).indices.unbind(1)",
+        DRAWN + "best_and_worst_make_the_widest_pair"),
+    "accepted without r_max": (
+        "((r - r_max) / beta).exp()", "(r / beta).exp()",
+        DRAWN + "accepted_law_is_the_optimal_policy"),
+    "accepted with beta multiplied": (
+        "((r - r_max) / beta).exp()", "((r - r_max) * beta).exp()",
+        DRAWN + "accepted_law_is_the_optimal_policy"),
+    "rejected samples kept": (
+        "generator=generator) < acceptance", "generator=generator) > acceptance",
+        DRAWN + "accepted_samples_have_the_optimal_policys_frequencies"),
+    "too few filled up with rejected ones": (
+        "keep.sum(1) >= K", "keep.sum(1) >= 1",
+        DRAWN + "of_a_prompt_with_too_few_accepted_nothing_is_kept"),
+    "Gumbel noise's sign": (
+        "noisy = r - ", "noisy = r + ",
+        DRAWN + "rankings_have_plackett_luces_frequencies"),
+    "no noise": (
+        " - " + GUMBEL, "",
+        DRAWN + "rankings_have_plackett_luces_frequencies"),
+    "normal noise": (
+        GUMBEL, "torch.randn(r.shape, generator=generator) * 1.2825",
+        DRAWN + "rankings_have_plackett_luces_frequencies"),
+    "missing completions ranked last": (
+        " & r.isfinite()[:, None, :]", "",
+        DRAWN + "missing_completions_are_in_no_ranking"),
+    "rewards of y_w for y_l's": (
+        '("reward_chosen", "reward_rejected")', '("reward_rejected", "reward_chosen")',
+        DRAWN + "rewards_find_their_completions_again"),
+}
+ALL = {f"{module.__name__}: {what}": (module, *edit) for module, edits in
+       ((dpo, EDITS), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS)) for what, edit in edits.items()}
+SOURCES = {module: Path(module.__file__).read_text(encoding="utf-8") for module in (dpo, losses, pairs)}
 FEW = hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate], deadline=None, derandomize=True,
                           database=None, report_multiple_bugs=False)
 
 
-def put_in_place(source: str, monkeypatch):
-    """The names that this source defines, as dpo's."""
-    module = types.ModuleType("edited_dpo")
-    monkeypatch.setitem(sys.modules, module.__name__, module)               # where dataclasses look it up
-    exec(compile(source, module.__name__, "exec"), vars(module))
-    for name, value in vars(module).items():
+def put_in_place(module: types.ModuleType, source: str, monkeypatch):
+    """The names that this source defines, as the module's."""
+    edited = types.ModuleType("edited_" + module.__name__)
+    monkeypatch.setitem(sys.modules, edited.__name__, edited)               # where dataclasses look it up
+    exec(compile(source, edited.__name__, "exec"), vars(edited))
+    for name, value in vars(edited).items():
         if not name.startswith("__"):
-            monkeypatch.setattr(dpo, name, value)
+            monkeypatch.setattr(module, name, value)
 
 
 def try_theorem(name: str, monkeypatch):
@@ -270,22 +487,25 @@ def try_theorem(name: str, monkeypatch):
 
 
 def test_there_are_edits_enough():
-    """At least 25 edits, each of text that dpo.py has exactly once, and no two alike"""
-    assert len(EDITS) >= 25 and len({(old, new) for old, new, _ in EDITS.values()}) == len(EDITS)
-    assert [what for what, (old, new, _) in EDITS.items() if SOURCE.count(old) != 1 or old == new] == []
+    """At least 25 edits of dpo.py, 20 of losses.py and 10 of pairs.py, each of text that the file has exactly once, and no two
+    alike"""
+    assert len(EDITS) >= 25 and len(EDITS_OF_LOSSES) >= 20 and len(EDITS_OF_PAIRS) >= 10
+    assert len({(module, old, new) for module, old, new, _ in ALL.values()}) == len(ALL)
+    assert [what for what, (module, old, new, _) in ALL.items() if SOURCES[module].count(old) != 1 or old == new] == []
 
 
-@pytest.mark.parametrize("what", EDITS)
+@pytest.mark.parametrize("what", ALL)
 def test_wrong_edit_makes_its_theorem_fail(what, monkeypatch):
-    """dpo.py with one wrong edit  =>  the theorem named beside it fails.  pitfall 32 (identities, not constants)"""
-    old, new, theorem = EDITS[what]
-    put_in_place(SOURCE.replace(old, new), monkeypatch)
+    """A file with one wrong edit  =>  the theorem named beside it fails.  pitfall 32 (identities, not constants)"""
+    module, old, new, theorem = ALL[what]
+    put_in_place(module, SOURCES[module].replace(old, new), monkeypatch)
     with pytest.raises(AssertionError):
         try_theorem(theorem, monkeypatch)
 
 
-@pytest.mark.parametrize("theorem", sorted({theorem for _, _, theorem in EDITS.values()}))
-def test_theorems_hold_of_the_source_as_it_is(theorem, monkeypatch):
-    """dpo.py unedited, put in place in the same way  =>  the theorem holds"""
-    put_in_place(SOURCE, monkeypatch)
+@pytest.mark.parametrize("theorem", sorted({theorem for *_, theorem in ALL.values()}))
+def test_theorems_hold_of_the_sources_as_they_are(theorem, monkeypatch):
+    """The files unedited, put in place in the same way  =>  the theorem holds"""
+    for module, source in SOURCES.items():
+        put_in_place(module, source, monkeypatch)
     try_theorem(theorem, monkeypatch)
