@@ -100,7 +100,8 @@ class GPT(nn.Module):
     def new_cache(self, B: int) -> Tensor:
         """Room for the keys and values of B sequences: (n_layer, 2, B, nh, context, hs)."""
         c = self.config
-        return self.wte.weight.new_empty(c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head)
+        return self.wte.weight.new_empty((c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head),
+                                         dtype=torch.bfloat16 if self.bf16 else None)
 
 
 @torch.no_grad()

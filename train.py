@@ -8,6 +8,7 @@ Prediction  With Bradley-Terry labels each beta has its place on the optimal cur
 """
 import argparse
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import inspect
@@ -67,7 +68,7 @@ class Settings:
 
 
 IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=4, n_head=6, n_embd=192, reviews=75_000,
-            steps=4400, rows=32, prompts=8_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
+            steps=4000, rows=32, prompts=14_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
 OWN = IMDB | dict(beta=(0.1,), context=256, steps=500, rows=16, answers=4)
 
 
@@ -162,7 +163,10 @@ def read_checkpoint(path: Path) -> dict:
             raise ValueError("its weights are not those of its config")
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("its weights are not finite")
-        if found["tokens"] is not None and data.tokenizer_of(found["tokens"]).n_vocab != config.vocab_size:
+        if (tokens := found["tokens"]) is not None and (
+                len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens)):
+            raise ValueError("its tokenizer needs each of the 256 bytes, and no token twice")
+        if data.tokenizer_of(tokens).n_vocab != config.vocab_size:
             raise ValueError("its tokenizer is of another size than the model")
         return found
 
@@ -835,8 +839,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     return args, dataclasses.replace(settings, beta=tuple(dict.fromkeys(settings.beta)))
 
 
+def keep_freed_memory():
+    """Ask glibc not to hand large freed blocks back to the system, so that each logits tensor need not be paged in anew: a
+    fifth of a DPO step on CPU. Other systems are left as they are."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter in (-1, -2, -3):                  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 1 << 30)
+
+
 def main(argv: list[str]) -> int:
     args, settings = parse(argv)
+    keep_freed_memory()
     began = time.perf_counter()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
