@@ -53,7 +53,7 @@ def test_the_experiment_writes_all_that_it_promises(out):
     for point in results["points"]:
         assert set(FIELDS) <= set(point)
         assert 0 <= point["win_rate"] <= 1 and point["kl"] > 0 and point["kl_p99"] >= point["kl_median"]
-    assert results["seconds"].keys() >= {"world", "reference", "completions", "scores", "dpo-0.5", "evaluation-2"}
+    assert results["seconds"].keys() >= {"world", "reference", "completions", "scores", "dpo-0.5", "evaluation-2.0"}
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert "pi_ref" in (out / "samples.txt").read_text() and "beta 0.5" in (out / "samples.txt").read_text()
     assert not list(out.glob("*.part"))
@@ -80,7 +80,7 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(out, tmp_p
     before = made(out)
     assert train.main([*TINY, "--beta", "0.5", "1", "--rate", "0.02", "--out", str(out)]) == 0
     changed = {name for name, when in made(out).items() if before.get(name) != when}
-    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.pt", "evaluation-1.pt"}
+    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.0.pt", "evaluation-1.0.pt"}
 
 
 def test_the_same_seed_gives_the_same_results(out, tmp_path):
@@ -169,7 +169,7 @@ def test_checkpoint_is_the_reference_as_it_is_or_fine_tuned_further(tmp_path):
         assert train.main([*flags, "--init", str(first / "reference.pt"), "--context", "40", *more, "--out", str(out)]) == 0
         after = train.read_checkpoint(out / "reference.pt")
         assert after["config"]["context"] == 40 and torch.equal(after["weights"]["wte.weight"], before["wte.weight"]) == (not more)
-    policy = train.read_checkpoint(first / "dpo-1.pt")["weights"]              # pi_theta can be started from as well
+    policy = train.read_checkpoint(first / "dpo-1.0.pt")["weights"]              # pi_theta can be started from as well
     assert not torch.equal(policy["wte.weight"], before["wte.weight"])
 
 
@@ -260,7 +260,7 @@ def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
 
 def test_a_rate_that_diverges_is_one_clear_error(tmp_path, capsys):
     assert train.main([*TINY, "--beta", "1", "--rate", "1e12", "--out", str(tmp_path)]) == 2
-    assert "lower --rate" in capsys.readouterr().err and not (tmp_path / "dpo-1.pt").exists()
+    assert "lower --rate" in capsys.readouterr().err and not (tmp_path / "dpo-1.0.pt").exists()
 
 
 def test_the_loop_leaves_gradients_on_for_its_caller():
