@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """pi(y_t | x, y_<t) as a transformer; weights are drawn as GPT-2's were, and kept in float32. With `bf16` set, matrix
+    """pi(y_t | x, y_<t) as a transformer; weights are drawn at GPT-2's scale, and kept in float32. With `bf16` set, matrix
     products are computed in bfloat16."""
 
     def __init__(self, config: GPTConfig):

@@ -240,6 +240,7 @@ def test_gpt2s_encoding_out_of_reach_is_one_clear_error(monkeypatch):
     def unreachable(name):
         raise ConnectionError
     monkeypatch.setattr(data.tiktoken, "get_encoding", unreachable)
+    data.gpt2_tokenizer.cache_clear()
     with pytest.raises(data.BadInput, match="TIKTOKEN_CACHE_DIR"):
         data.gpt2_tokenizer()
 
