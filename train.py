@@ -101,9 +101,11 @@ def checksum(content: bytes) -> str:
 def fingerprint(name: str | None) -> object:
     """What tells that a file, or a folder of files, is not what it was; the name itself if there is none."""
     path = Path(name or "")
-    if name and path.is_file():
+    if not name or not path.exists():
+        return name
+    if path.is_file():
         return checksum(path.read_bytes())
-    return name, sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("**/*.txt")) if name and path.is_dir() else None
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("**/*.txt"))
 
 
 class Stages:
@@ -250,30 +252,18 @@ def own_world(settings: Settings) -> dict:
     pairs = data.read_pairs(Path(settings.data))
     tokenizer = choose_tokenizer(settings, [pair[name] for pair in pairs for name in ("prompt", "chosen", "rejected")])
     prompts = sorted({pair["prompt"] for pair in pairs})
-    held_out = set(random.Random(settings.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-    train, held = (data.encode_pairs([pair for pair in pairs if (pair["prompt"] in held_out) == held], tokenizer,
-                                     settings.context) for held in (False, True))
-    if fell := len(pairs) - len(train) - len(held):
+    chosen = set(random.Random(settings.seed).sample(prompts, math.ceil(len(prompts) / 10)))
+    both = [[pair for pair in pairs if (pair["prompt"] in chosen) == held] for held in (False, True)]
+    tuned, held = (data.encode_pairs(some, tokenizer, settings.context) for some in both)
+    if fell := len(pairs) - len(tuned) - len(held):
         print(f"{fell:,} of {len(pairs):,} pairs do not fit in {settings.context} tokens and are left out (see --context)")
-    if not train or not held:
-        raise BadInput(f"{settings.data}: {len(train)} pairs to train on and {len(held)} with other prompts to hold out; both "
+    if not tuned or not held:
+        raise BadInput(f"{settings.data}: {len(tuned)} pairs to train on and {len(held)} with other prompts to hold out; both "
                        "need at least one" + f", so --context must be more than {settings.context}" * (fell > 0))
     asked = list(dict.fromkeys(tuple(t["prompt_ids"]) for t in held))[:settings.held_out]
-    return dict(tokens=data.tokens_of(tokenizer), held_out=pack(asked),
-                fine_tune=pack([t["prompt_ids"] + t["chosen_ids"] for t in train]),
-                unseen=pack([t["prompt_ids"] + t["chosen_ids"] for t in held]),
-                triplets=pack_triplets(train), held_triplets=pack_triplets(held))
-
-
-def pack_triplets(triplets: list[dict]) -> dict:
-    return {name: pack([t[name] for t in triplets]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")} | {
-        name: [t[name] for t in triplets] for name in ("weight", "number")}
-
-
-def unpack_triplets(packed: dict, tokenizer: tiktoken.Encoding) -> list[dict]:
-    columns = [unpack(packed[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    return [data.triplet(x, y_w, y_l, tokenizer, weight, number)
-            for x, y_w, y_l, weight, number in zip(*columns, packed["weight"], packed["number"])]
+    fine_tune, unseen = (pack([t["prompt_ids"] + t["chosen_ids"] for t in some]) for some in (tuned, held))
+    return dict(tokens=data.tokens_of(tokenizer), fine_tune=fine_tune, held_out=pack(asked), unseen=unseen,
+                pairs=both[0], held_pairs=both[1])
 
 
 def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
@@ -474,7 +464,7 @@ def fraction_of_optimal(curve: dict, r_ref: np.ndarray, r: np.ndarray, kl: np.nd
 def mean_se(values: Tensor) -> tuple[float, float]:
     """Mean and standard error over prompts of values (P, M): the prompts are what is drawn independently."""
     each = values.double().mean(1)
-    return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
+    return each.mean().item(), (each.std() / math.sqrt(len(each))).item() if len(each) > 1 else math.nan
 
 
 def best_of_n(r: Tensor, N: int) -> float:
@@ -518,7 +508,7 @@ def hold_out(pi_ref: GPT, world: dict, tokenizer: tiktoken.Encoding, settings: S
         if not triplets:
             raise BadInput("no preferences on the held-out prompts: raise --held-out or --steps")
     else:
-        triplets = unpack_triplets(world["held_triplets"], tokenizer)
+        triplets = data.encode_pairs(world["held_pairs"], tokenizer, settings.context)
     ids, mask, pairs, weight = data.group(triplets)
     unseen = unpack(world["unseen"])[:1000]
     with torch.no_grad():
@@ -726,7 +716,7 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
         triplets, counts = data.preferences(prompts, in_groups(unpack(completed["responses"]), K), completed["rewards"],
                                             tokenizer, settings.labels, random.Random(settings.seed))
     else:
-        triplets = unpack_triplets(world["triplets"], tokenizer)
+        triplets = data.encode_pairs(world["pairs"], tokenizer, settings.context)
         counts, stage.known["completions"] = dict(pairs=len(triplets)), None
     if not triplets:
         raise BadInput("no preferences: all pairs are identical or tied; raise --prompts or --steps")

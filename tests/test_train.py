@@ -105,6 +105,62 @@ def test_other_labels_run_and_only_drawn_ones_predict_a_place(labels, tmp_path):
     assert point["pair_accuracy_ceiling"] == 1.0 or labels == "soft"
 
 
+def test_what_is_reported_is_what_it_says_by_plain_arithmetic(out, monkeypatch):
+    """Every figure of a point, from the texts that were drawn, by loops over lists; the curve's place by Eq. 4 itself."""
+    drawn = {}
+    real = train.draw
+    monkeypatch.setattr(train, "draw", lambda pi, prompts, *rest: drawn.setdefault(rest[-1], (prompts, real(pi, prompts, *rest)))[1])
+    e = train.prepare(train.parse([*TINY, "--beta", "0.5", "2"])[1], out, torch.device("cpu"))
+    torch.manual_seed(0)
+    pi_theta = train.copy.deepcopy(e.pi_ref)
+    with torch.no_grad():
+        pi_theta.wte.weight.add_(0.02 * torch.randn_like(pi_theta.wte.weight))
+    point = train.evaluate(e, pi_theta, 2.0)["point"]
+    (prompts, responses), P = drawn["sampling DPO, beta 2"], len(e.held["prompts"])
+    texts = [data.text_of(x + y, e.tokenizer) for x, y in zip(prompts, responses)]
+    r, M = data.toy_reward(texts).tolist(), len(prompts) // P
+    by_prompt = [sum(r[p * M:(p + 1) * M]) / M for p in range(P)]
+    ref = e.held["rewards"]["reward"].tolist()
+    wins = [(r[p * M + m] > ref[p][m]) + 0.5 * (r[p * M + m] == ref[p][m]) for p in range(P) for m in range(M)]
+    close = lambda name, value: point[name] == pytest.approx(value, rel=1e-3, abs=1e-4) or pytest.fail(f"{name}: {point[name]}, {value}")
+
+    def logp(pi, x, y) -> float:
+        ids = torch.tensor([x + y])
+        with torch.no_grad():
+            logps = pi(ids[:, :-1]).float().log_softmax(-1)
+        return sum(logps[0, t - 1, ids[0, t]].item() for t in range(len(x), len(x + y)))
+    some = range(0, len(prompts), 37)
+    ratio = [logp(pi_theta, prompts[i], responses[i]) - logp(e.pi_ref, prompts[i], responses[i]) for i in some]
+    assert point["kl_log_ratio"] == pytest.approx(np.mean(ratio), abs=5 * np.std(ratio) / len(ratio) ** 0.5 + 1e-3)
+    close("reward", sum(r) / len(r))
+    close("reward_se", np.std(by_prompt, ddof=1) / P ** 0.5)
+    close("win_rate", sum(wins) / len(wins))
+    close("length", sum(map(len, responses)) / len(responses))
+    gaps, gaps_hat, accurate, r_w, r_l = [], [], [], [], []
+    for (p, w, l), gap in zip(e.pairs.pairs.tolist(), e.held["gap"].tolist()):
+        r_hat = []
+        for k in (w, l):
+            ids, mask = e.pairs.ids[p, k], e.pairs.mask[p, k]
+            x, y = ids[:int(mask.nonzero().min())].tolist(), ids[mask].tolist()
+            r_hat.append(2.0 * (logp(pi_theta, x, y) - logp(e.pi_ref, x, y)))
+        gaps.append(gap), gaps_hat.append(r_hat[0] - r_hat[1]), r_w.append(r_hat[0]), r_l.append(r_hat[1])
+        accurate.append((gaps_hat[-1] > 0) + 0.5 * (gaps_hat[-1] == 0))
+    both, n = sum(a * b for a, b in zip(gaps, gaps_hat)), len(gaps)
+    close("pair_accuracy", sum(accurate) / n)
+    close("pair_accuracy_ceiling", sum(1 / (1 + math.exp(-abs(g))) for g in gaps) / n)
+    tolerance = 0.05 if e.pi_ref.bf16 else 1e-3                                     # bfloat16 rounds with the batch's shape
+    for name, value in dict(r_hat_w=sum(r_w) / n, r_hat_l=sum(r_l) / n, margin=sum(gaps_hat) / n,
+                            reward_slope=both / sum(g * g for g in gaps),
+                            reward_r2=both ** 2 / (sum(g * g for g in gaps) * sum(g * g for g in gaps_hat))).items():
+        assert point[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    if point["regret"] is not None:
+        log_Z = [math.log(sum(math.exp(v / 2.0) for v in row) / len(row)) for row in ref]
+        close("regret", 2.0 * sum(log_Z) / P - point["reward"] + 2.0 * point["kl"])
+        tilt = [[math.exp(v / 2.0) / sum(math.exp(u / 2.0) for u in row) for v in row] for row in ref]
+        close("optimal_reward", sum(p * v for ps, row in zip(tilt, ref) for p, v in zip(ps, row)) / P)
+        close("optimal_kl", sum(p * math.log(p * len(ps)) for ps in tilt for p in ps) / P)
+
+
 # --------------------------------------------------------------------------------------------- IMDb, in its real layout
 
 def small_imdb(path: Path) -> Path:
