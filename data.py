@@ -59,6 +59,10 @@ def write(path: Path, content: bytes):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        if os.name == "posix":                  # the new name, too, must outlast a loss of power
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror}); what was there is kept") from None
     finally:

@@ -405,9 +405,8 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
              purpose: str = "training") -> tuple[GPT, dict[str, Tensor]]:
     """pi_theta, trained from pi_ref in one pass over the prompts, and what each step saw, (steps,) each.
 
-    Plain gradient descent with momentum: Adam did worse here at equal KL, as its steps are as large for a token seldom
-    seen as for a frequent one. What single words are worth is learned in the token vectors, at the full rate; the rest
-    moves at a sixteenth of it. Errors: BadInput if the loss or the gradient is no longer finite."""
+    Plain gradient descent with momentum, since Adam's steps are as large for a token seldom seen as for a frequent one.
+    What single words are worth is learned in the token vectors, at the full rate; the rest moves at a sixteenth of it. Errors: BadInput if the loss or the gradient is no longer finite."""
     pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
     places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
     lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
