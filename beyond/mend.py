@@ -149,11 +149,11 @@ def coverage(e: Experiment) -> dict:
     def descended(compared: list[tuple[int, int]]) -> Tensor:
         w, l = torch.tensor([both for i, j in compared for both in ((i, j), (j, i))]).T
         logits = torch.zeros(4, dtype=torch.double, requires_grad=True)
-        for _ in range(1000):
+        for _ in range(3000):
             pi = logits.log_softmax(-1)
             loss = (dpo.bradley_terry(r[w], r[l]) * dpo.dpo_loss(pi[w], pi[l], pi_ref[w], pi_ref[l], 1.0)[0]).sum()
             slope, = torch.autograd.grad(loss, logits)
-            logits = (logits - slope).detach().requires_grad_()
+            logits = (logits - 1.5 * slope).detach().requires_grad_()
         return logits.log_softmax(-1).detach()
     policies = {"pi_ref": pi_ref, "two islands": descended([(0, 1), (2, 3)]),
                 "one bridge": descended([(0, 1), (2, 3), (1, 2)]), "optimum": dpo.optimal_policy(pi_ref, r, 1.0)[0]}
@@ -179,7 +179,7 @@ def draw_noise(ax, e: Experiment, found: dict):
 
 def draw_certainty(ax, e: Experiment, found: dict):
     tau = METHODS["ipo"].strengths()[0]["tau"]
-    ax.axhline(1 / (2 * tau), color="0.6", ls=":", label=r"1/(2$	au$)")
+    ax.axhline(1 / (2 * tau), color="0.6", ls=":", label=r"1/(2$\tau$)")
     for (name, p), marker in zip(found.items(), "os"):
         ax.plot([a - b for a, b in zip(p["A"], p["B"])], marker + "-", color=colour(name), label=name)
     ax.set(xlabel="pass", ylabel="h, mean over the pairs, nats", title="the better response always wins")
@@ -215,7 +215,7 @@ def draw_coverage(ax, e: Experiment, found: dict):
         ax.bar([i + 0.2 * k for i in range(4)], policy["p"], 0.2, color=fill, hatch=hatch, edgecolor="0.2", lw=0.6,
                label=f"{label}: reward {policy['reward']:.2f}")
     ax.set_xticks([i + 0.3 for i in range(4)], [f"$y_{i + 1}$, r = {r:g}" for i, r in enumerate(REWARDS)], fontsize="small")
-    ax.set(ylabel="probability", title="pairs ($y_1$, $y_2$) and ($y_3$, $y_4$)")
+    ax.set(ylim=(0, 0.8), ylabel="probability", title="pairs ($y_1$, $y_2$) and ($y_3$, $y_4$)")
 
 
 STUDIES = dict(noise=(noise, draw_noise), certainty=(certainty, draw_certainty), verbosity=(verbosity, draw_verbosity),
