@@ -122,22 +122,26 @@ def download_imdb(folder: Path) -> Path:
     """Fetch the archive once: to a temporary name, checked, then renamed. Errors: BadInput (no network, wrong bytes)."""
     path = folder / "aclImdb_v1.tar.gz"
     if path.exists():
+        if (path.stat().st_size, hashlib.md5(path.read_bytes()).hexdigest()) != (ARCHIVE_BYTES, ARCHIVE_MD5):
+            raise BadInput(f"{path}: is not the archive that was downloaded; delete it, and it is fetched again")
         return path
     print(f"downloading {ARCHIVE} ({ARCHIVE_BYTES / 1e6:.0f} MB) into {folder}")
-    part = path.with_suffix(".part")
-    md5 = hashlib.md5()
+    part = folder / f"{path.name}.{os.getpid()}.part"
+    size, md5 = 0, hashlib.md5()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(ARCHIVE, timeout=60) as source, open(part, "wb") as f, \
                 tqdm(total=ARCHIVE_BYTES, unit="B", unit_scale=True, desc="downloading") as bar:
             if not source.geturl().startswith("https://"):
                 raise OSError(f"it is redirected to {source.geturl()}, which is not https")
-            while bar.n <= ARCHIVE_BYTES and (block := source.read(1 << 16)):
+            while size <= ARCHIVE_BYTES and (block := source.read(1 << 16)):
                 f.write(block)
                 md5.update(block)
+                size += len(block)
                 bar.update(len(block))
-            if (bar.n, md5.hexdigest()) != (ARCHIVE_BYTES, ARCHIVE_MD5):
+            if (size, md5.hexdigest()) != (ARCHIVE_BYTES, ARCHIVE_MD5):
                 raise OSError("what arrived is not the archive: its size or md5 differs")
+            f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as e:
@@ -177,16 +181,20 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
     with reading(path, "the IMDb archive or its unpacked folder"):
         if path.is_dir():
             for file in tqdm(path.glob("**/*.txt"), desc="reading reviews", unit=""):
-                keep(file.as_posix(), file.read_bytes())
+                if MEMBER.search(file.as_posix()):
+                    keep(file.as_posix(), file.read_bytes())
         else:
             with open(path, "rb") as file:
                 stream = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
-                with tarfile.open(fileobj=Bounded(stream, 1 << 30), mode="r|") as archive:
+                bounded = Bounded(stream, 1 << 30)
+                with tarfile.open(fileobj=bounded, mode="r|") as archive:
                     for member in tqdm(archive, desc="reading reviews", unit=""):
                         if not (member.isfile() or member.isdir()) or {"", ".."} & set(member.name.split("/")):
                             raise OSError(f"{member.name!r} is a link, a device, or leads out of its folder")
                         if member.isfile():
                             keep(member.name, archive.extractfile(member).read())
+                while bounded.read(1 << 20):                # to gzip's own checksum, which stands at the end
+                    pass
     if missing := [name for name in ("train/pos", "train/neg", "test/pos", "test/neg") if not found[name]]:
         raise BadInput(f"{path}: no reviews under {', '.join(missing)}; expected aclImdb/train/pos/0_9.txt and so on")
     return {name: [text for _, text in sorted(reviews)] for name, reviews in found.items()}
@@ -310,9 +318,11 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
     return tokenizer_of(tokens)
 
 
+@lru_cache(maxsize=None)
 def gpt2_tokenizer() -> tiktoken.Encoding:
     """GPT-2's encoding, which tiktoken downloads once. Errors: BadInput without a network or a copy of it."""
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache()))
+    print("loading GPT-2's encoding, which tiktoken downloads if it is not in", os.environ["TIKTOKEN_CACHE_DIR"])
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as e:
@@ -328,13 +338,10 @@ def tokens_of(tokenizer: tiktoken.Encoding) -> list[bytes] | None:
 
 
 def tokenizer_of(tokens: list[bytes] | None) -> tiktoken.Encoding:
-    """`tokens_of` undone: the encoding whose tokens these are; the end token follows them. Errors: ValueError if the
-    tokens are not distinct, or a byte is not among them: such an encoding would fail on some text."""
+    """`tokens_of` undone: the encoding whose tokens these are; the end token follows them."""
     if tokens is None:
         return gpt2_tokenizer()
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    if len(ranks) < len(tokens) or not ranks.keys() >= {bytes([b]) for b in range(256)}:
-        raise ValueError("a tokenizer needs each of the 256 bytes, and no token twice")
     return tiktoken.Encoding("reviews", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
@@ -417,6 +424,8 @@ def read_pairs(path: Path) -> list[dict]:
     """
     pairs = []
     with reading(path, "preferences"), open(path, "rb") as f:
+        if not path.is_file():
+            raise OSError("it is not a file, which a later run could read again")
         for k, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
             if line.strip():
                 pairs.append(pair_of(line, f"{path}, line {k}"))
@@ -449,8 +458,8 @@ def pair_of(line: bytes, place: str) -> dict:
     if row["chosen"] == row["rejected"]:
         raise BadInput(f"{place}: chosen and rejected are identical, which says nothing; leave the pair out")
     weight = row.get("weight", 1.0)
-    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-        raise BadInput(f"{place}: weight is not a number from zero on")
+    if type(weight) not in (int, float) or not 0 < weight < math.inf:
+        raise BadInput(f"{place}: weight is not a number above zero")
     return {name: row[name] for name in ("prompt", "chosen", "rejected")} | dict(weight=float(weight))
 
 
@@ -463,11 +472,11 @@ def encode_pairs(pairs: list[dict], tokenizer: tiktoken.Encoding, context: int, 
     for pair in pairs:
         x, y_w, y_l = (tokenizer.encode_ordinary(pair[name]) for name in ("prompt", "chosen", "rejected"))
         if len(x) + max(len(y_w), len(y_l)) < context:
-            number, ys = groups.get(pair["prompt"], (0, set()))
-            ys = ys | {pair["chosen"], pair["rejected"]}
-            if len(ys) > K or len(ys) == 2:
-                number, numbers, ys = numbers, numbers + 1, {pair["chosen"], pair["rejected"]}
-            groups[pair["prompt"]] = number, ys
+            new = {pair["chosen"], pair["rejected"]}
+            number, ys = groups.get(pair["prompt"], (None, set()))
+            if number is None or len(ys | new) > K:
+                number, ys, numbers = numbers, set(), numbers + 1
+            groups[pair["prompt"]] = number, ys | new
             triplets.append(triplet(x, y_w + [tokenizer.eot_token], y_l + [tokenizer.eot_token], tokenizer, pair["weight"], number))
     return triplets
 

@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """pi(y_t | x, y_<t) as a transformer; weights are drawn as GPT-2's were, and kept in float32. With `bf16` set, matrix
+    """pi(y_t | x, y_<t) as a transformer; weights are drawn at GPT-2's scale, and kept in float32. With `bf16` set, matrix
     products are computed in bfloat16."""
 
     def __init__(self, config: GPTConfig):
@@ -100,7 +100,8 @@ class GPT(nn.Module):
     def new_cache(self, B: int) -> Tensor:
         """Room for the keys and values of B sequences: (n_layer, 2, B, nh, context, hs)."""
         c = self.config
-        return self.wte.weight.new_empty(c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head)
+        return self.wte.weight.new_empty((c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head),
+                                         dtype=torch.bfloat16 if self.bf16 else None)
 
 
 @torch.no_grad()

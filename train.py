@@ -8,6 +8,7 @@ Prediction  With Bradley-Terry labels each beta has its place on the optimal cur
 """
 import argparse
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import inspect
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 import zlib
@@ -46,12 +48,12 @@ class Settings:
     imdb: str | None = None         # the archive or folder of --data imdb; downloaded if not given
     init: str | None = None         # a checkpoint to start from, with its tokenizer
     labels: str = "bt"              # each beta has a predicted place with these, and with "soft"; not with the paper's "argmax"
-    beta: tuple[float, ...] = (0.5, 1.0, 2.0)
+    beta: tuple[float, ...] = (0.5, 1.0, 2.0)       # where 512 samples can tell the optimum
     seed: int = 0
     tokenizer: str = "reviews"      # learned from them; "gpt2" is GPT-2's own, of 50,257 tokens
     vocab_size: int = 1024          # an upper bound: the grammar's words are whole tokens before it is reached
     context: int = 24               # tokens; most reviews of the grammar fit whole
-    n_layer: int = 2
+    n_layer: int = 2                # the grammar is learned by so small a model, in half a minute
     n_head: int = 4
     n_embd: int = 64
     reviews: int = 20_000           # that pi_ref is fine-tuned on
@@ -60,14 +62,17 @@ class Settings:
     prompts: int = 10_000           # that preferences are collected on; more prompts help more than more passes over them
     completions: int = 4            # the paper's
     batch: int = 64                 # prompts in a step of DPO
-    rate: float = 0.03              # DPO's peak learning rate at beta 1
-    held_out: int = 100             # prompts of the evaluation
+    rate: float = 0.03              # DPO's peak learning rate at beta 1; a larger one wastes KL
+    held_out: int = 100             # prompts of the evaluation; standard errors are over them
     samples: int = 512              # of pi_ref for each held-out prompt, which draw the optimal curve
     answers: int = 96               # of pi_theta for each held-out prompt
 
 
+# Eleven minutes on two cores with bfloat16 units. 4,096 tokens keep most words whole; small batches take more steps from as
+# many tokens; a larger rate gains reward and wastes KL.
 IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=4, n_head=6, n_embd=192, reviews=75_000,
-            steps=4400, rows=32, prompts=8_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
+            steps=3800, rows=32, prompts=13_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
+# Nobody knows how much there is: a few hundred steps, longer texts, the beta that most people use.
 OWN = IMDB | dict(beta=(0.1,), context=256, steps=500, rows=16, answers=4)
 
 
@@ -84,13 +89,23 @@ def alone_in(folder: Path) -> Iterator[None]:
             else:
                 import fcntl
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise BadInput(f"{folder}: another run is at work there; let it end, or name another folder with --out") from None
         yield
 
 
 def checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def fingerprint(name: str | None) -> object:
+    """What tells that a file, or a folder of files, is not what it was; the name itself if there is none."""
+    path = Path(name or "")
+    if not name or not path.exists():
+        return name
+    if path.is_file():
+        return checksum(path.read_bytes())
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("**/*.txt"))
 
 
 class Stages:
@@ -103,12 +118,12 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def value(self, need: str) -> object:
-        if need in self.known:                              # an earlier stage's checksum, or what the run knows besides
+        if need in self.known:                              # an earlier stage, or what the run knows besides
             return self.known[need]
         if need.endswith(".py"):
             return Path(__file__).with_name(need).read_text(encoding="utf-8")
-        if need in ("data", "imdb", "init") and (path := Path(getattr(self.settings, need) or "")).is_file():
-            return checksum(path.read_bytes())
+        if need in ("data", "imdb", "init"):
+            return fingerprint(getattr(self.settings, need))
         if hasattr(self.settings, need):
             return getattr(self.settings, need)
         return inspect.getsource(globals()[need])           # a function of this file
@@ -116,26 +131,26 @@ class Stages:
     def __call__(self, name: str, needs: str, make: Callable[[], object]):
         """The result of make(), which may depend on the settings, sources and earlier stages that `needs` lists."""
         key = checksum(repr((name, [self.value(need) for need in needs.split()])).encode())
-        path, done = self.out / f"{name}.pt", {}
+        path, done, entry = self.out / f"{name}.pt", {}, {}
         if self.log.exists():
             with data.reading(self.log, "the list of stages; delete it to start anew"):
-                done = dict(json.loads(self.log.read_bytes()))
-                known, was, self.seconds[name] = (done.get(name, {}).get(of) for of in ("key", "checksum", "seconds"))
-        if self.log.exists() and known == key and path.exists():
+                done = json.loads(self.log.read_bytes())
+                entry = dict(done.pop(name, {}))
+        if entry.get("key") == key and path.exists():
             content = path.read_bytes()
-            if checksum(content) != was:
+            if checksum(content) != entry.get("checksum"):
                 raise BadInput(f"{path}: is not the file that was written here; delete it, and it is made again")
         else:
-            if done.pop(name, None):                        # so that a new file never meets an old key
+            if entry:                                       # taken out first, so that a new file never meets an old key
                 data.write(self.log, json.dumps(done, indent=1).encode())
             began = time.perf_counter()
             torch.save(make(), buffer := io.BytesIO())
             content = buffer.getvalue()
             data.write(path, content)
-            self.seconds[name] = time.perf_counter() - began
-            done[name] = dict(key=key, checksum=checksum(content), seconds=self.seconds[name])
-            data.write(self.log, json.dumps(done, indent=1).encode())
-        self.known[name] = checksum(content)
+            entry = dict(key=key, checksum=checksum(content), seconds=time.perf_counter() - began)
+            data.write(self.log, json.dumps(done | {name: entry}, indent=1).encode())
+        self.seconds[name] = entry.get("seconds")
+        self.known[name] = key + checksum(content)          # what a stage is made from reaches all that depend on it
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
@@ -154,15 +169,18 @@ def read_checkpoint(path: Path) -> dict:
         config, weights = GPTConfig(**found["config"]), found["weights"]
         if config.n_layer > len(weights) or sum(w.nbytes for w in weights.values()) > len(content):
             raise ValueError("its sizes are not those of its weights")
-        if config.n_embd % config.n_head:
-            raise ValueError(f"{config.n_embd} dimensions can't be shared out among {config.n_head} heads: n_head is wrong")
+        if min(config.n_layer, config.n_head) < 1 or config.n_embd % config.n_head:
+            raise ValueError("its n_layer or n_head cannot be")
         with torch.device("meta"):
             wanted = GPT(config).state_dict()
         if {name: (w.shape, w.dtype) for name, w in weights.items()} != {name: (w.shape, w.dtype) for name, w in wanted.items()}:
             raise ValueError("its weights are not those of its config")
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("its weights are not finite")
-        if found["tokens"] is not None and data.tokenizer_of(found["tokens"]).n_vocab != config.vocab_size:
+        if (tokens := found["tokens"]) is not None and (
+                len(set(tokens)) < len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens)):
+            raise ValueError("its tokenizer needs each of the 256 bytes, and no token twice")
+        if data.tokenizer_of(tokens).n_vocab != config.vocab_size:
             raise ValueError("its tokenizer is of another size than the model")
         return found
 
@@ -180,7 +198,7 @@ def unpack(packed: tuple[Tensor, Tensor]) -> list[list[int]]:
 
 def toy_world(settings: Settings) -> dict:
     """Reviews of the grammar: for pi_ref, for the prompts, and held out."""
-    sizes = settings.reviews, settings.prompts + settings.prompts // 4, 4 * settings.held_out + 500
+    sizes = settings.reviews, 2 * settings.prompts, 4 * settings.held_out + 500
     reviews = data.toy_reviews(sum(sizes), settings.seed)
     tokenizer = choose_tokenizer(settings, reviews[:min(20_000, settings.reviews)])
     ends = np.cumsum(sizes)
@@ -212,17 +230,21 @@ def imdb_world(settings: Settings) -> dict:
 
 
 def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str], settings: Settings) -> dict:
-    """A world: the tokenizer's tokens, the openings that pi_ref learns from, and prompts from other reviews."""
-    rng = random.Random(settings.seed)
-    tuned, asked, kept = (data.openings(reviews, tokenizer, settings.context) for reviews in (fine_tune, asked, held_out))
-    prompts = data.prompts_of(asked, tokenizer, rng)[:settings.prompts]
-    held = data.prompts_of(kept, tokenizer, rng)[:settings.held_out]
-    if not tuned or len(held) < settings.held_out:
-        raise BadInput(f"too few reviews: {len(tuned)} openings to fine-tune on, {len(held)} of {settings.held_out} held-out "
-                       "prompts; lower --held-out, or give more reviews")
+    """A world: the tokenizer's tokens, the openings that pi_ref learns from, and prompts from reviews that are not among
+    them. The held-out prompts are distinct, and no preferences are collected on them."""
+    rng, seen = random.Random(settings.seed), set(fine_tune)
+    tuned, asked, kept = (data.openings(reviews, tokenizer, settings.context) for reviews in (
+        fine_tune, [r for r in asked if r not in seen], [r for r in held_out if r not in seen]))
+    held = list(dict.fromkeys(map(tuple, data.prompts_of(kept, tokenizer, rng))))[:settings.held_out]
+    taken = set(held)
+    prompts = [x for x in data.prompts_of(asked, tokenizer, rng) if tuple(x) not in taken][:settings.prompts]
+    if not tuned or not prompts or len(held) < settings.held_out:
+        raise BadInput(f"too few reviews that fit in --context {settings.context}: {len(tuned)} openings to fine-tune on, "
+                       f"{len(prompts)} prompts, {len(held)} of {settings.held_out} held-out ones; lower --held-out, or give more reviews")
     if len(prompts) < settings.prompts:
-        print(f"only {len(prompts)} of {settings.prompts} prompts: there are no more reviews")
-    return dict(tokens=data.tokens_of(tokenizer), fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held), unseen=pack(kept))
+        print(f"only {len(prompts):,} of {settings.prompts:,} prompts: there are no more reviews")
+    return dict(tokens=data.tokens_of(tokenizer), fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held),
+                unseen=pack(kept))
 
 
 def own_world(settings: Settings) -> dict:
@@ -230,30 +252,18 @@ def own_world(settings: Settings) -> dict:
     pairs = data.read_pairs(Path(settings.data))
     tokenizer = choose_tokenizer(settings, [pair[name] for pair in pairs for name in ("prompt", "chosen", "rejected")])
     prompts = sorted({pair["prompt"] for pair in pairs})
-    held_out = set(random.Random(settings.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-    train, held = (data.encode_pairs([pair for pair in pairs if (pair["prompt"] in held_out) == held], tokenizer,
-                                     settings.context) for held in (False, True))
-    if fell := len(pairs) - len(train) - len(held):
+    chosen = set(random.Random(settings.seed).sample(prompts, math.ceil(len(prompts) / 10)))
+    both = [[pair for pair in pairs if (pair["prompt"] in chosen) == held] for held in (False, True)]
+    tuned, held = (data.encode_pairs(some, tokenizer, settings.context) for some in both)
+    if fell := len(pairs) - len(tuned) - len(held):
         print(f"{fell:,} of {len(pairs):,} pairs do not fit in {settings.context} tokens and are left out (see --context)")
-    if not train or not held:
-        raise BadInput(f"{settings.data}: {len(train)} pairs to train on and {len(held)} with other prompts to hold out; both "
+    if not tuned or not held:
+        raise BadInput(f"{settings.data}: {len(tuned)} pairs to train on and {len(held)} with other prompts to hold out; both "
                        "need at least one" + f", so --context must be more than {settings.context}" * (fell > 0))
     asked = list(dict.fromkeys(tuple(t["prompt_ids"]) for t in held))[:settings.held_out]
-    return dict(tokens=data.tokens_of(tokenizer), held_out=pack(asked),
-                fine_tune=pack([t["prompt_ids"] + t["chosen_ids"] for t in train]),
-                unseen=pack([t["prompt_ids"] + t["chosen_ids"] for t in held]),
-                triplets=pack_triplets(train), held_triplets=pack_triplets(held))
-
-
-def pack_triplets(triplets: list[dict]) -> dict:
-    return {name: pack([t[name] for t in triplets]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")} | {
-        name: [t[name] for t in triplets] for name in ("weight", "number")}
-
-
-def unpack_triplets(packed: dict, tokenizer: tiktoken.Encoding) -> list[dict]:
-    columns = [unpack(packed[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    return [data.triplet(x, y_w, y_l, tokenizer, weight, number)
-            for x, y_w, y_l, weight, number in zip(*columns, packed["weight"], packed["number"])]
+    fine_tune, unseen = (pack([t["prompt_ids"] + t["chosen_ids"] for t in some]) for some in (tuned, held))
+    return dict(tokens=data.tokens_of(tokenizer), fine_tune=fine_tune, held_out=pack(asked), unseen=unseen,
+                pairs=both[0], held_pairs=both[1])
 
 
 def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
@@ -275,15 +285,20 @@ def read_init(settings: Settings) -> dict:
 def start(world: dict, settings: Settings, device: torch.device) -> GPT:
     """The model that fine-tuning begins with: the checkpoint of --init, or one drawn at random."""
     if settings.init:
-        found = read_init(settings)
-        pi = GPT(GPTConfig(**found["config"]))
-        pi.load_state_dict(found["weights"])
-    else:
-        torch.manual_seed(settings.seed)
-        pi = GPT(GPTConfig(data.tokenizer_of(world["tokens"]).n_vocab, settings.context, settings.n_layer, settings.n_head,
-                           settings.n_embd))
+        return load(read_init(settings), device)
+    torch.manual_seed(settings.seed)
+    pi = GPT(GPTConfig(data.tokenizer_of(world["tokens"]).n_vocab, settings.context, settings.n_layer, settings.n_head,
+                       settings.n_embd)).to(device)
     pi.bf16 = bf16_pays(device)
-    return pi.to(device)
+    return pi
+
+
+def load(found: dict, device: torch.device) -> GPT:
+    """The model of a checkpoint."""
+    pi = GPT(GPTConfig(**found["config"])).to(device)
+    pi.load_state_dict(found["weights"])
+    pi.bf16 = bf16_pays(device)
+    return pi
 
 
 def fine_tune(pi: GPT, texts: list[list[int]], settings: Settings) -> GPT:
@@ -299,18 +314,28 @@ def fine_tune(pi: GPT, texts: list[list[int]], settings: Settings) -> GPT:
 
     lengths = np.array([len(ids) for ids in texts])
     batches = (batch for _ in itertools.count() for batch in like_lengths(lengths, settings.rows, rng))
-    bar = tqdm(itertools.islice(batches, settings.steps), total=settings.steps, desc="fine-tuning pi_ref")
-    for step, batch in enumerate(bar):
+    bar, losses = tqdm(itertools.islice(batches, settings.steps), total=settings.steps, desc="fine-tuning pi_ref"), []
+    for batch in bar:
         loss = token_nll(pi, [texts[i] for i in batch])
         loss.backward()
         for each in (*optimizers, *schedules):
             each.step()
         pi.zero_grad()
-        if step % 50 == 0 or step == settings.steps - 1:
+        losses.append(loss.detach())
+        if len(losses) % 50 == 0 or len(losses) == settings.steps:
             bar.set_postfix_str(f"{loss.item():.2f} nats per token")
-            if not loss.isfinite():
-                raise BadInput(f"fine-tuning diverged: the loss was not finite at step {step}; what was made before is kept")
+            must_be_finite(losses, "fine-tuning")
+    if not all(p.isfinite().all() for p in pi.parameters()):
+        raise BadInput("fine-tuning diverged at its last step; what was made before is kept")
     return pi
+
+
+def must_be_finite(values: list[Tensor], purpose: str):
+    """Errors: BadInput, which names the first step whose value is not."""
+    finite = torch.stack(values).isfinite()
+    if not finite.all():
+        raise BadInput(f"{purpose} diverged: not finite at step {int(finite.int().argmin())}; lower --rate, if it is DPO; "
+                       "what was made before is kept")
 
 
 def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -371,6 +396,11 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     return logps
 
 
+def peak_rate(beta: float, settings: Settings) -> float:
+    """Larger as beta falls, since log-ratios are; the power was found by trial."""
+    return settings.rate * beta ** -1.25
+
+
 def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: float, settings: Settings,
              purpose: str = "training") -> tuple[GPT, dict[str, Tensor]]:
     """pi_theta, trained from pi_ref in one pass over the prompts, and what each step saw, (steps,) each.
@@ -393,10 +423,7 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
         records.append(record)
         if len(records) % 20 == 0 or len(records) == len(batches):
             bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**record))
-            finite = torch.stack([r["loss"] + r["grad_norm"] for r in records]).isfinite()
-            if not finite.all():
-                raise BadInput(f"{purpose} diverged: loss or gradient was not finite at step {int(finite.int().argmin())}; "
-                               "lower --rate; what was made before is kept")
+            must_be_finite([r["loss"] + r["grad_norm"] for r in records], purpose)
     return pi_theta, {name: torch.stack([r[name] for r in records]).cpu() for name in records[0]}
 
 
@@ -408,11 +435,12 @@ BETAS = np.geomspace(20, 0.05, 80)     # where the optimal curve is computed
 def optimal_curve(r: Tensor) -> dict[str, np.ndarray]:
     """Eq. 4 from pi_ref's rewards r (P, N): for each of BETAS the reward and KL of each prompt (80, P), and whether their
     mean can be trusted: effective sample size at least 40, and the curve from N/2 samples agreeing within 2 %."""
-    reward, kl, size = (np.stack(v) for v in zip(*[[t.numpy() for t in dpo.frontier(r.double(), b)] for b in BETAS]))
+    betas = torch.from_numpy(BETAS)[:, None, None]
+    reward, kl, size = (v.numpy() for v in dpo.frontier(r.double(), betas))
     halves = []
     for half in r.double().chunk(2, dim=1):
-        h = np.stack([[t.mean().item() for t in dpo.frontier(half, b)[:2]] for b in BETAS])
-        halves.append(np.interp(kl.mean(1), h[:, 1], h[:, 0] - half.mean().item(), right=np.nan))
+        half_reward, half_kl, _ = (v.mean(1).numpy() for v in dpo.frontier(half, betas))
+        halves.append(np.interp(kl.mean(1), half_kl, half_reward - half.mean().item(), right=np.nan))
     gain = reward.mean(1) - r.mean().item()
     agree = np.abs(np.mean(halves, 0) - gain) <= 0.02 * gain
     trusted = np.logical_and.accumulate((size.mean(1) >= 40) & agree)
@@ -436,7 +464,7 @@ def fraction_of_optimal(curve: dict, r_ref: np.ndarray, r: np.ndarray, kl: np.nd
 def mean_se(values: Tensor) -> tuple[float, float]:
     """Mean and standard error over prompts of values (P, M): the prompts are what is drawn independently."""
     each = values.double().mean(1)
-    return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
+    return each.mean().item(), (each.std() / math.sqrt(len(each))).item() if len(each) > 1 else math.nan
 
 
 def best_of_n(r: Tensor, N: int) -> float:
@@ -472,14 +500,15 @@ def hold_out(pi_ref: GPT, world: dict, tokenizer: tiktoken.Encoding, settings: S
     texts = [data.text_of(x + y, tokenizer) for x, y in zip(each, responses)]
     rewards = {name: reward(texts).view(P, N) for name, reward in rewards_of.items()}
     if rewards_of:
-        first = [i for p in range(P) for i in range(p * N, p * N + min(16, N))]
-        triplets, _ = data.preferences([each[i] for i in first[::K]], in_groups([responses[i] for i in first], K),
-                                       rewards["reward"].flatten()[first].view(-1, K), tokenizer, settings.labels,
+        n = min(16, N)
+        groups = [ys for of_x in in_groups(responses, N) for ys in in_groups(of_x[:n], K)]
+        triplets, _ = data.preferences([x for x in prompts for _ in range(n // K)], groups,
+                                       rewards["reward"][:, :n].reshape(-1, K), tokenizer, settings.labels,
                                        random.Random(settings.seed))
         if not triplets:
             raise BadInput("no preferences on the held-out prompts: raise --held-out or --steps")
     else:
-        triplets = unpack_triplets(world["held_triplets"], tokenizer)
+        triplets = data.encode_pairs(world["held_pairs"], tokenizer, settings.context)
     ids, mask, pairs, weight = data.group(triplets)
     unseen = unpack(world["unseen"])[:1000]
     with torch.no_grad():
@@ -519,7 +548,7 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
         r_hat_w=r_hat[x, w], r_hat_l=r_hat[x, l], margin=gap_hat, pair_accuracy=(gap_hat.sign() + 1) / 2).items()}
 
     if not e.rewards_of:
-        return dict(point=point, texts=texts[::M], rewards=None)
+        return dict(point=finite(point), texts=texts[::M], rewards=None)
     ref, gap, r = e.held["rewards"]["reward"], e.held["gap"].double(), e.rewards_of["reward"](texts).view(P, M)
     point["reward"], point["reward_se"] = mean_se(r)
     if "judge" in e.rewards_of:
@@ -539,8 +568,12 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
     else:
         regret = best = None, None
     point |= dict(zip(("optimal_reward", "optimal_kl", "regret", "regret_se"), (*best, *regret)))
-    point = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in point.items()}     # 0 / 0
-    return dict(point=point, texts=texts[::M], rewards=r[:, 0])
+    return dict(point=finite(point), texts=texts[::M], rewards=r[:, 0])
+
+
+def finite(point: dict) -> dict:
+    """None for what is 0 / 0: the deviation of one number, a slope without differences."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in point.items()}
 
 
 # ----------------------------------------------------------------------------- what is written for people
@@ -593,7 +626,7 @@ def draw_frontier(ax, results: dict):
     n, points, r_ref = int(trusted.sum()), results["points"], results["reference"]["reward"]
     right, top = (max(p[name] for p in points) for name in ("kl", "reward"))
     ax.plot([0, *kl[:n]], [r_ref, *reward[:n]], color="0.25", label="the best of all policies (Eq. 4)")
-    if kl[n - 1] < 1.15 * right:
+    if n == 0 or kl[n - 1] < 1.15 * right:
         ax.plot(kl[max(n - 1, 0):], reward[max(n - 1, 0):], ":", color="0.25",
                 label=f"beyond what {results['config']['samples']} samples a prompt can tell")
     ax.plot(*zip(*[(b["kl_bound"], b["reward"]) for b in results["best_of_n"]]), "s-", color="0.6", ms=4, lw=1,
@@ -630,8 +663,9 @@ def summary(results: dict) -> str:
         else {"r_hat_w": ".2f", "r_hat_l": ".2f", "margin": ".2f"}) | {"pair_accuracy": ".3f"}
     rows = [[format(p[name], form) if p[name] is not None else "-" for name, form in columns.items()] for p in points]
     lines = ["  ".join(f"{cell:>{len(name)}}" for cell, name in zip(row, columns)) for row in ([*columns], *rows)]
+    counted = ", ".join(f"{n:,} {what}" for what, n in results["labels"].items())
     lines.insert(0, f"pi_ref: {ref['nats_per_byte']:.3f} nats per byte on unseen texts" +
-                 (f", reward {ref['reward']:.2f}" if known else ""))
+                 (f", reward {ref['reward']:.2f}" if known else "") + f"; preferences: {counted}")
     ordered = sorted(points, key=lambda p: p["beta"])
     falls = all(a["kl"] > b["kl"] for a, b in zip(ordered, ordered[1:]))
     direction = f"KL falls as beta rises: {'seen' if falls else 'not seen'}. " * (len(points) > 1)
@@ -653,10 +687,11 @@ def bf16_pays(device: torch.device) -> bool:
 def prepare(settings: Settings, out: Path, device: torch.device, show: bool = False) -> Experiment | None:
     """World, reference, preferences, held-out samples and the optimal curve: each made once and kept in `out`. With `show`
     it ends at the preferences, and prints one."""
-    stage = Stages(out, settings, bf16=bf16_pays(device))
+    stage = Stages(out, settings, device=device.type, bf16=bf16_pays(device))
     make_world = dict(toy=toy_world, imdb=imdb_world).get(settings.data, own_world)
     world = stage("world", "data imdb init seed tokenizer vocab_size context reviews prompts held_out data.py toy_world "
                   "imdb_world own_world split choose_tokenizer", lambda: make_world(settings))
+    stage.known["texts"] = checksum(repr((world["tokens"], world["fine_tune"][0].tolist())).encode())
     tokenizer = data.tokenizer_of(world["tokens"])
     rewards_of = {name: data.Sentiment(*judge) for name, judge in world.get("judges", {}).items()}
     if settings.data == "toy":
@@ -665,11 +700,9 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
     def reference() -> dict:
         pi = start(world, settings, device)
         return checkpoint(fine_tune(pi, unpack(world["fine_tune"]), settings) if settings.steps else pi, world["tokens"])
-    made = stage("reference", "world init seed n_layer n_head n_embd steps rows bf16 model.py read_init start fine_tune token_nll "
-                 "padded like_lengths warm_then_linear", reference)
-    pi_ref = GPT(GPTConfig(**made["config"])).to(device).requires_grad_(False)
-    pi_ref.load_state_dict(made["weights"])
-    pi_ref.bf16 = bf16_pays(device)
+    made = stage("reference", "texts init seed context n_layer n_head n_embd steps rows device bf16 model.py read_init start "
+                 "fine_tune token_nll padded like_lengths warm_then_linear", reference)
+    pi_ref = load(made, device).requires_grad_(False)
 
     if rewards_of:
         K, prompts = settings.completions, unpack(world["prompts"])
@@ -679,11 +712,11 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
             responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
             rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
             return dict(responses=pack(responses), rewards=rewards.view(-1, K))
-        completed = stage("completions", "reference completions draw", completions)
+        completed = stage("completions", "world reference completions seed draw", completions)
         triplets, counts = data.preferences(prompts, in_groups(unpack(completed["responses"]), K), completed["rewards"],
                                             tokenizer, settings.labels, random.Random(settings.seed))
     else:
-        triplets = unpack_triplets(world["triplets"], tokenizer)
+        triplets = data.encode_pairs(world["pairs"], tokenizer, settings.context)
         counts, stage.known["completions"] = dict(pairs=len(triplets)), None
     if not triplets:
         raise BadInput("no preferences: all pairs are identical or tied; raise --prompts or --steps")
@@ -695,8 +728,8 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
     def scored() -> dict:
         ids, mask, pairs, weight = data.group(triplets)
         return dict(ids=ids, mask=mask, pi_ref=score(pi_ref, ids, mask), pairs=pairs, weight=weight)
-    scores = stage("scores", "reference completions labels seed dpo.py score", scored)
-    held = stage("held_out", "reference held_out samples answers labels completions dpo.py hold_out draw score token_nll",
+    scores = stage("scores", "world reference completions labels seed dpo.py score", scored)
+    held = stage("held_out", "world reference held_out samples answers labels seed dpo.py hold_out draw score token_nll",
                  lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
     return Experiment(settings, stage, tokenizer, rewards_of, pi_ref,
                       dpo.Preferences(**{name: t.to(device) for name, t in scores.items()}), counts, world.get("accuracy"),
@@ -710,20 +743,19 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
     policies, evaluations = [], []
     for beta in settings.beta:
         def policy() -> dict:
-            rate = settings.rate * beta ** -1.25        # larger as beta falls, since log-ratios are; the power was found by trial
-            pi_theta, records = optimise(e.pi_ref, e.preferences, partial(dpo.dpo, beta=beta), rate, settings,
-                                         f"DPO, beta {beta:g}")
+            pi_theta, records = optimise(e.pi_ref, e.preferences, partial(dpo.dpo, beta=beta), peak_rate(beta, settings),
+                                         settings, f"DPO, beta {beta:g}")
             return checkpoint(pi_theta, data.tokens_of(e.tokenizer), records=records)
-        policies.append(e.stage(f"dpo-{beta:g}", "scores batch rate seed run optimise like_lengths warm_then_linear", policy))
-        pi_theta = copy.deepcopy(e.pi_ref)
-        pi_theta.load_state_dict(policies[-1]["weights"])
+        policies.append(e.stage(f"dpo-{beta}", "scores batch rate seed peak_rate optimise like_lengths warm_then_linear", policy))
+        pi_theta = load(policies[-1], device)
         evaluations.append(e.stage(
-            f"evaluation-{beta:g}", f"dpo-{beta:g} held_out answers seed evaluate draw optimal_curve fraction_of_optimal",
+            f"evaluation-{beta}", f"dpo-{beta} held_out answers seed evaluate draw optimal_curve "
+            "fraction_of_optimal mean_se",
             lambda: evaluate(e, pi_theta, beta)))
 
     name_only = {name: value and Path(value).name for name, value in
                  dict(data=settings.data, imdb=settings.imdb, init=settings.init).items()}
-    results = dict(config=dataclasses.asdict(settings) | name_only, device=str(device), bf16=e.pi_ref.bf16,
+    results = dict(config=dataclasses.asdict(settings) | dataclasses.asdict(e.pi_ref.config) | name_only, device=str(device), bf16=e.pi_ref.bf16,
                    seconds=e.stage.seconds, peak_memory_bytes=peak_memory(device), labels=e.counts, classifier=e.accuracy,
                    reference=dict(nats_per_byte=e.held["nats_per_byte"], length=e.held["lengths"].double().mean().item()),
                    frontier=[], best_of_n=[], points=[evaluation["point"] for evaluation in evaluations])
@@ -780,16 +812,16 @@ class Parser(argparse.ArgumentParser):
 
 def usable_device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
+        return torch.zeros(1, device=name).cpu().to(name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine; try cpu") from None
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     parser = Parser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Run again, finished stages are kept; a changed setting redoes what depends on it. Nothing is written outside\n"
-               "--out but downloads, which go to ~/.cache/dpo, or the folder that the environment variable DPO_CACHE names.")
+        prog="train.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Run again, finished stages are kept; a changed setting redoes what depends on it. Nothing is written outside\n"
+               "--out but downloads and matplotlib's list of fonts, which go to ~/.cache/dpo, or the folder that the environment variable DPO_CACHE names.")
     add, count = parser.add_argument, between(1, 10 ** 7, int)
     add("--data", default="toy", metavar="{toy,imdb,PATH}", help="the grammar's reviews (default), IMDb's, or preferences of your "
         "own: one JSON object a line with the strings prompt, chosen, rejected")
@@ -809,7 +841,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     add("--rate", type=between(1e-12, 1e12), help="DPO's peak learning rate at beta 1; it is scaled by beta^-1.25")
     add("--batch", type=count, metavar="N", help="prompts in a step of DPO")
     add("--held-out", type=between(2, 10 ** 5, int), metavar="N", help="prompts of the evaluation")
-    add("--samples", type=between(8, 10 ** 5, int), metavar="N", help="of pi_ref for each held-out prompt, a multiple of 4; "
+    add("--samples", type=between(8, 10 ** 4, int), metavar="N", help="of pi_ref for each held-out prompt, a multiple of 4; "
         "more extend the trusted curve")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps (default: "
         "%(default)s)")
@@ -835,8 +867,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     return args, dataclasses.replace(settings, beta=tuple(dict.fromkeys(settings.beta)))
 
 
+def keep_freed_memory():
+    """Ask glibc not to hand large freed blocks back to the system, so that each logits tensor need not be paged in anew: a
+    fifth of a DPO step on CPU. Other systems are left as they are."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter in (-1, -2, -3):                  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 1 << 30)
+
+
 def main(argv: list[str]) -> int:
     args, settings = parse(argv)
+    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")   # a terminal need not know every character
     began = time.perf_counter()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -845,7 +889,9 @@ def main(argv: list[str]) -> int:
                 prepare(settings, args.out, args.device, show=True)
                 return 0
             results = run(settings, args.out, args.device)
-    except (BadInput, OSError, MemoryError) as e:
+    except (BadInput, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search("alloc|out of memory", str(e)):
+            raise                                           # torch's way to say that memory ran out, and much else
         print("train.py:", " ".join(str(e).split())[:500] or "out of memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

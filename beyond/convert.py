@@ -33,6 +33,7 @@ from pathlib import Path
 from types import NoneType
 
 from data import BadInput
+from train import Parser
 
 LIMIT, ARRAY_LIMIT = 4_000_000, 64_000_000          # bytes that are held at once: of a line, of a file that is one array
 COMPLETIONS = 100                                   # of one prompt, at most: pairs grow with their square
@@ -213,8 +214,8 @@ def write(path: Path, rows: Iterable[dict]):
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="convert.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="JSON lines, or a JSON array")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; it must not exist")
     parser.add_argument("--labels", choices=("bt", "argmax"), default="bt",

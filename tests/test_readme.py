@@ -1,10 +1,13 @@
 """The README's numbers are those of results/, and its commands are those that run."""
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +34,16 @@ def rows(world: str) -> list[str]:
     return lines
 
 
-WORLDS = sorted({re.sub(r"-\d+$", "", path.name) for path in ROOT.glob("results/*") if path.is_dir()})
+WORLDS = {"toy": [], "imdb": ["--data", "imdb"], "imdb-argmax": ["--data", "imdb", "--labels", "argmax"]}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_results_are_of_three_seeds_at_the_settings_that_the_code_has(world):
+    assert [run["config"]["seed"] for run in runs(world)] == [0, 1, 2]
+    for run in runs(world):
+        settings = dataclasses.asdict(train.parse([*WORLDS[world], "--seed", str(run["config"]["seed"])])[1])
+        for name in settings.keys() - {"imdb", "vocab_size"}:           # a file's name; an upper bound
+            assert run["config"][name] == (list(settings[name]) if name == "beta" else settings[name]), name
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -53,7 +53,7 @@ def test_the_experiment_writes_all_that_it_promises(out):
     for point in results["points"]:
         assert set(FIELDS) <= set(point)
         assert 0 <= point["win_rate"] <= 1 and point["kl"] > 0 and point["kl_p99"] >= point["kl_median"]
-    assert results["seconds"].keys() >= {"world", "reference", "completions", "scores", "dpo-0.5", "evaluation-2"}
+    assert results["seconds"].keys() >= {"world", "reference", "completions", "scores", "dpo-0.5", "evaluation-2.0"}
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert "pi_ref" in (out / "samples.txt").read_text() and "beta 0.5" in (out / "samples.txt").read_text()
     assert not list(out.glob("*.part"))
@@ -80,7 +80,7 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(out, tmp_p
     before = made(out)
     assert train.main([*TINY, "--beta", "0.5", "1", "--rate", "0.02", "--out", str(out)]) == 0
     changed = {name for name, when in made(out).items() if before.get(name) != when}
-    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.pt", "evaluation-1.pt"}
+    assert changed == {"dpo-0.5.pt", "evaluation-0.5.pt", "dpo-1.0.pt", "evaluation-1.0.pt"}
 
 
 def test_the_same_seed_gives_the_same_results(out, tmp_path):
@@ -103,6 +103,62 @@ def test_other_labels_run_and_only_drawn_ones_predict_a_place(labels, tmp_path):
     point, = json.loads((tmp_path / "results.json").read_text())["points"]
     assert (point["optimal_kl"] is None) or labels == "soft"
     assert point["pair_accuracy_ceiling"] == 1.0 or labels == "soft"
+
+
+def test_what_is_reported_is_what_it_says_by_plain_arithmetic(out, monkeypatch):
+    """Every figure of a point, from the texts that were drawn, by loops over lists; the curve's place by Eq. 4 itself."""
+    drawn = {}
+    real = train.draw
+    monkeypatch.setattr(train, "draw", lambda pi, prompts, *rest: drawn.setdefault(rest[-1], (prompts, real(pi, prompts, *rest)))[1])
+    e = train.prepare(train.parse([*TINY, "--beta", "0.5", "2"])[1], out, torch.device("cpu"))
+    torch.manual_seed(0)
+    pi_theta = train.copy.deepcopy(e.pi_ref)
+    with torch.no_grad():
+        pi_theta.wte.weight.add_(0.02 * torch.randn_like(pi_theta.wte.weight))
+    point = train.evaluate(e, pi_theta, 2.0)["point"]
+    (prompts, responses), P = drawn["sampling DPO, beta 2"], len(e.held["prompts"])
+    texts = [data.text_of(x + y, e.tokenizer) for x, y in zip(prompts, responses)]
+    r, M = data.toy_reward(texts).tolist(), len(prompts) // P
+    by_prompt = [sum(r[p * M:(p + 1) * M]) / M for p in range(P)]
+    ref = e.held["rewards"]["reward"].tolist()
+    wins = [(r[p * M + m] > ref[p][m]) + 0.5 * (r[p * M + m] == ref[p][m]) for p in range(P) for m in range(M)]
+    close = lambda name, value: point[name] == pytest.approx(value, rel=1e-3, abs=1e-4) or pytest.fail(f"{name}: {point[name]}, {value}")
+
+    def logp(pi, x, y) -> float:
+        ids = torch.tensor([x + y])
+        with torch.no_grad():
+            logps = pi(ids[:, :-1]).float().log_softmax(-1)
+        return sum(logps[0, t - 1, ids[0, t]].item() for t in range(len(x), len(x + y)))
+    some = range(0, len(prompts), 37)
+    ratio = [logp(pi_theta, prompts[i], responses[i]) - logp(e.pi_ref, prompts[i], responses[i]) for i in some]
+    assert point["kl_log_ratio"] == pytest.approx(np.mean(ratio), abs=5 * np.std(ratio) / len(ratio) ** 0.5 + 1e-3)
+    close("reward", sum(r) / len(r))
+    close("reward_se", np.std(by_prompt, ddof=1) / P ** 0.5)
+    close("win_rate", sum(wins) / len(wins))
+    close("length", sum(map(len, responses)) / len(responses))
+    gaps, gaps_hat, accurate, r_w, r_l = [], [], [], [], []
+    for (p, w, l), gap in zip(e.pairs.pairs.tolist(), e.held["gap"].tolist()):
+        r_hat = []
+        for k in (w, l):
+            ids, mask = e.pairs.ids[p, k], e.pairs.mask[p, k]
+            x, y = ids[:int(mask.nonzero().min())].tolist(), ids[mask].tolist()
+            r_hat.append(2.0 * (logp(pi_theta, x, y) - logp(e.pi_ref, x, y)))
+        gaps.append(gap), gaps_hat.append(r_hat[0] - r_hat[1]), r_w.append(r_hat[0]), r_l.append(r_hat[1])
+        accurate.append((gaps_hat[-1] > 0) + 0.5 * (gaps_hat[-1] == 0))
+    both, n = sum(a * b for a, b in zip(gaps, gaps_hat)), len(gaps)
+    close("pair_accuracy", sum(accurate) / n)
+    close("pair_accuracy_ceiling", sum(1 / (1 + math.exp(-abs(g))) for g in gaps) / n)
+    tolerance = 0.05 if e.pi_ref.bf16 else 1e-3                                     # bfloat16 rounds with the batch's shape
+    for name, value in dict(r_hat_w=sum(r_w) / n, r_hat_l=sum(r_l) / n, margin=sum(gaps_hat) / n,
+                            reward_slope=both / sum(g * g for g in gaps),
+                            reward_r2=both ** 2 / (sum(g * g for g in gaps) * sum(g * g for g in gaps_hat))).items():
+        assert point[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    if point["regret"] is not None:
+        log_Z = [math.log(sum(math.exp(v / 2.0) for v in row) / len(row)) for row in ref]
+        close("regret", 2.0 * sum(log_Z) / P - point["reward"] + 2.0 * point["kl"])
+        tilt = [[math.exp(v / 2.0) / sum(math.exp(u / 2.0) for u in row) for v in row] for row in ref]
+        close("optimal_reward", sum(p * v for ps, row in zip(tilt, ref) for p, v in zip(ps, row)) / P)
+        close("optimal_kl", sum(p * math.log(p * len(ps)) for ps in tilt for p in ps) / P)
 
 
 # --------------------------------------------------------------------------------------------- IMDb, in its real layout
@@ -169,7 +225,7 @@ def test_checkpoint_is_the_reference_as_it_is_or_fine_tuned_further(tmp_path):
         assert train.main([*flags, "--init", str(first / "reference.pt"), "--context", "40", *more, "--out", str(out)]) == 0
         after = train.read_checkpoint(out / "reference.pt")
         assert after["config"]["context"] == 40 and torch.equal(after["weights"]["wte.weight"], before["wte.weight"]) == (not more)
-    policy = train.read_checkpoint(first / "dpo-1.pt")["weights"]              # pi_theta can be started from as well
+    policy = train.read_checkpoint(first / "dpo-1.0.pt")["weights"]              # pi_theta can be started from as well
     assert not torch.equal(policy["wte.weight"], before["wte.weight"])
 
 
@@ -240,6 +296,7 @@ def test_gpt2s_encoding_out_of_reach_is_one_clear_error(monkeypatch):
     def unreachable(name):
         raise ConnectionError
     monkeypatch.setattr(data.tiktoken, "get_encoding", unreachable)
+    data.gpt2_tokenizer.cache_clear()
     with pytest.raises(data.BadInput, match="TIKTOKEN_CACHE_DIR"):
         data.gpt2_tokenizer()
 
@@ -260,7 +317,7 @@ def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
 
 def test_a_rate_that_diverges_is_one_clear_error(tmp_path, capsys):
     assert train.main([*TINY, "--beta", "1", "--rate", "1e12", "--out", str(tmp_path)]) == 2
-    assert "lower --rate" in capsys.readouterr().err and not (tmp_path / "dpo-1.pt").exists()
+    assert "lower --rate" in capsys.readouterr().err and not (tmp_path / "dpo-1.0.pt").exists()
 
 
 def test_the_loop_leaves_gradients_on_for_its_caller():

@@ -84,6 +84,7 @@ def third(**changes) -> bytes:
 OWN, IMDB, INIT = ["--data", "FILE"], ["--data", "imdb", "--imdb", "FILE"], ["--data", "GOOD", "--init", "FILE", "--context", "32"]
 BAD_FILES = {   # what is wrong: flags, what FILE holds (None: there is no such file), what the line says besides its name
     "own, missing": (OWN, None, "No such file"),
+    "own, a folder": (["--data", "."], None, "cannot be read as preferences"),
     "own, empty": (OWN, b"", "is empty"),
     "own, blank": (OWN, b"\n \n\n", "is empty"),
     "own, not JSON": (OWN, lines(pairs(2)) + b"{prompt: 1}\n", "line 3: not JSON"),
@@ -99,6 +100,7 @@ BAD_FILES = {   # what is wrong: flags, what FILE holds (None: there is no such 
     "own, null": (OWN, third(prompt=None), "line 3: prompt is not a string"),
     "own, NaN weight": (OWN, third(weight=float("nan")), "line 3: weight"),
     "own, negative weight": (OWN, third(weight=-1), "line 3: weight"),
+    "own, no weight at all": (OWN, third(weight=0), "line 3: weight"),
     "own, weight in words": (OWN, third(weight="one"), "line 3: weight"),
     "own, not UTF-8": (OWN, lines(pairs(2)) + b'{"prompt": "\xff"}\n', "line 3: not JSON in UTF-8"),
     "own, half a character": (OWN, lines(pairs(2)) + b'{"prompt": "\\ud800"}\n', "line 3: not JSON in UTF-8"),
@@ -111,6 +113,8 @@ BAD_FILES = {   # what is wrong: flags, what FILE holds (None: there is no such 
     "IMDb, text": (IMDB, b"not an archive", "cannot be read as the IMDb archive"),
     "IMDb, truncated": (IMDB, members()[:700], "cannot be read as the IMDb archive"),
     "IMDb, another layout": (IMDB, gzip.compress(b""), "cannot be read as the IMDb archive"),
+    "IMDb, wrong checksum inside": (IMDB, members()[:-8] + b"\0" * 8, "cannot be read as the IMDb archive"),
+    "IMDb, a bomb": (IMDB, gzip.compress(bytes(1 << 20)) * 1100, "unpacks to far more"),
     "IMDb, absolute path": (IMDB, members({"/train/pos/1_9.txt": b""}), "leads out of its folder"),
     "IMDb, path upwards": (IMDB, members({"a/../../train/pos/1_9.txt": b""}), "leads out of its folder"),
     "IMDb, link": (IMDB, members({"train/pos/1_9.txt": b""}, tarfile.SYMTYPE), "is a link"),
@@ -143,7 +147,7 @@ BAD_FLAGS = {   # flags: what the line says
     "--prompts 999999999999": "--prompts", "--steps -1": "--steps", "--steps 0": "--init", "--batch 0": "--batch",
     "--held-out 1": "--held-out", "--samples 4": "--samples", "--samples 30": "--samples", "--seed -1": "--seed",
     "--seed x": "--seed", "--vocab-size 256": "--vocab-size", "--context 1": "--context", "--labels best": "--labels",
-    "--loss ipo": "--loss", "--device abacus": "--device", "--imdb somewhere": "--data imdb", "--reviews 0": "--reviews",
+    "--loss ipo": "--loss", "--device abacus": "--device", "--device meta": "--device", "--bet 1": "--bet", "--init": "--init", "--imdb somewhere": "--data imdb", "--reviews 0": "--reviews",
     "--data x.jsonl --labels soft": "--labels", "--data x.jsonl --samples 64": "--samples",
     "--init x.pt --tokenizer gpt2": "--tokenizer", "--init nowhere.pt": "nowhere.pt", "--out FILE": "FILE",
     "--out FILE/below": "FILE",
@@ -178,7 +182,7 @@ def test_bad_file_is_one_clear_line_that_names_it(what, tmp_path, capsys, monkey
         (tmp_path / "bad.file").write_bytes(content)
     argv = [{"FILE": "bad.file", "GOOD": "good.jsonl"}.get(flag, flag) for flag in flags]
     line = refused([*argv, "--out", "out"], tmp_path, capsys, monkeypatch)
-    assert says in line and "bad.file" in line or "too few" in line
+    assert says in line and ("bad.file" in line or "bad.file" not in argv or says == "too few reviews")
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
@@ -186,6 +190,22 @@ def test_bad_flag_is_one_clear_line_that_names_it(flags, tmp_path, capsys, monke
     (tmp_path / "FILE").write_text("precious")
     out = [] if "--out" in flags else ["--out", "out"]
     assert BAD_FLAGS[flags] in refused([*flags.split(), *out], tmp_path, capsys, monkeypatch)
+
+
+class Arriving(io.BytesIO):
+    """What urlopen gives: bytes that are not the archive."""
+    def geturl(self) -> str:
+        return data.ARCHIVE
+
+
+@pytest.mark.parametrize("arrived", [b"", b"cut off", bytes(1 << 20)])
+def test_download_with_a_wrong_checksum_is_one_clear_line_and_leaves_nothing(arrived, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Arriving(arrived))
+    assert "size or md5 differs" in refused(["--data", "imdb", "--out", "out"], tmp_path, capsys, monkeypatch)
+    assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / "cache" / "aclImdb_v1.tar.gz").write_bytes(arrived)
+    assert "delete it" in refused(["--data", "imdb", "--out", "out"], tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("no network"), OSError(28, "No space left on device"),
@@ -259,6 +279,27 @@ def test_second_run_in_a_folder_stops_and_a_killed_one_does_not_keep_it(tmp_path
     assert train.main([*TINY, "--out", str(tmp_path / "out")]) == 0
 
 
+def test_other_preferences_in_the_same_folder_are_never_mixed_with_what_was_made_of_the_first(tmp_path):
+    """A run whose file, checkpoint or seed changed gives what it gives in an empty folder, even where the reference is the same."""
+    (tmp_path / "init.pt").write_bytes(saved(train.checkpoint(train.GPT(train.GPTConfig(len(TOKENS) + 1, 64, 1, 2, 8)), TOKENS)))
+    flags = ["--init", str(tmp_path / "init.pt"), "--context", "64", "--beta", "1", "--batch", "4"]
+    turned = [p | dict(chosen=p["rejected"], rejected=p["chosen"]) for p in pairs()]
+    for rows, where in ((pairs(), "one"), (turned, "one"), (turned, "two")):
+        (tmp_path / "pairs.jsonl").write_bytes(lines(rows))
+        assert train.main(["--data", str(tmp_path / "pairs.jsonl"), *flags, "--out", str(tmp_path / where)]) == 0
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+    toy = [*TINY, "--init", str(tmp_path / "init.pt"), "--context", "64", "--steps", "0"]
+    for seed, where in (("0", "three"), ("1", "three"), ("1", "four")):
+        assert train.main([*toy, "--seed", seed, "--out", str(tmp_path / where)]) == 0
+    assert results(tmp_path / "three") == results(tmp_path / "four")
+
+
+def test_few_prompts_of_ones_own_are_enough(tmp_path):
+    (tmp_path / "pairs.jsonl").write_bytes(lines(pairs(4)))
+    argv = ["--data", str(tmp_path / "pairs.jsonl"), "--context", "32", "--steps", "2", "--vocab-size", "270", "--out", str(tmp_path / "out")]
+    assert train.main(argv) == 0 and results(tmp_path / "out")["points"][0]["kl_se"] is None
+
+
 def test_file_that_was_replaced_or_damaged_is_refused_and_made_again_once_deleted(tmp_path, capsys, monkeypatch):
     assert train.main([*TINY, "--out", str(tmp_path / "out")]) == 0
     whole, reference = results(tmp_path / "out"), tmp_path / "out" / "reference.pt"
@@ -296,11 +337,11 @@ def test_loss_that_is_not_finite_stops_the_run_and_says_the_step(stage, tmp_path
         return (nll if stage == "fine_tune" else logps)(*args) * (float("nan") if len(calls) > 2 else 1.0)
     if stage == "fine_tune":
         monkeypatch.setattr(train, "token_nll", poisoned)
-        says, kept = "fine-tuning diverged", {"world.pt"}
+        says, kept = "fine-tuning diverged: not finite at step 2", {"world.pt"}
     else:
         monkeypatch.setattr(train, "score", lambda pi, ids, mask: torch.zeros(ids.shape))
         monkeypatch.setattr(train.dpo, "response_logps", poisoned)
-        says, kept = "not finite at step 2", {"world.pt", "reference.pt", "completions.pt", "scores.pt", "held_out.pt"}
+        says, kept = "beta 0.5 diverged: not finite at step 2", {"world.pt", "reference.pt", "completions.pt", "scores.pt", "held_out.pt"}
     assert train.main([*TINY, "--out", str(tmp_path)]) == 2
     assert says in capsys.readouterr().err and {p.name for p in tmp_path.glob("*.pt")} == kept
 
