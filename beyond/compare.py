@@ -203,7 +203,7 @@ def new_figure(width: float, height: float):
 
 def png(fig) -> bytes:
     from matplotlib import pyplot
-    fig.savefig(buffer := io.BytesIO(), format="png", dpi=100)
+    fig.savefig(buffer := io.BytesIO(), format="png", dpi=90)
     pyplot.close(fig)
     return buffer.getvalue()
 
@@ -218,15 +218,15 @@ def draw_optimum(ax, e: Experiment, beta: float = 1.0):
 
 
 def draw_figure(e: Experiment, points: list[dict]) -> bytes:
-    """A PNG: each method's path from pi_ref through its strengths; its name stands at the right, in the order of reward."""
+    """A PNG: each method from its weaker to its stronger strength; its name stands at the right, in the order of reward."""
     fig, ax = new_figure(10.5, 6)
     draw_optimum(ax, e)
-    r_ref, paths = e.held["rewards"]["reward"].mean().item(), {}
+    paths: dict[str, list[tuple[float, float]]] = {}
     for p in points:
-        paths.setdefault(p["method"], [(0.0, r_ref)]).append((p["kl"], p["reward"]))
+        paths.setdefault(p["method"], []).append((p["kl"], p["reward"]))
     for name, path in paths.items():
         marker = "^" if name in REFERENCE_FREE else "s" if METHODS[name].fresh else "o"
-        ax.plot(*zip(*path), marker + "-", color=train.THETA if name == "dpo" else "0.45", markevery=slice(1, None), ms=6, lw=0.7)
+        ax.plot(*zip(*path), marker + "-", color=train.THETA if name == "dpo" else "0.45", ms=6, lw=0.7)
     for marker, label in (("o", "given pairs"), ("s", "fresh pairs"), ("^", "given pairs, no reference")):
         ax.plot([], [], marker, color="0.45", label=label)
     ends = sorted(paths.items(), key=lambda item: item[1][-1][1])

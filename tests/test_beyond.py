@@ -12,8 +12,9 @@ STUDIES = json.loads((HERE / "results" / "mend" / "mend.json").read_text())["stu
 
 
 def leaves(value) -> list[float]:
+    """All numbers of a study, and h = A - B where it has both."""
     if isinstance(value, dict):
-        value = list(value.values())
+        value = list(value.values()) + [a - b for a, b in zip(value.get("A", []), value.get("B", []))]
     return [number for each in value for number in leaves(each)] if isinstance(value, list) else [value]
 
 
