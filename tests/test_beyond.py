@@ -1,0 +1,52 @@
+"""beyond/README.md's numbers are those of beyond/results/, and what it names is there."""
+import json
+import re
+from pathlib import Path
+
+from beyond import compare, mend
+
+HERE = Path(compare.__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
+RUNS = [compare.read_results(HERE / "results" / f"compare-{seed}") for seed in (0, 1, 2)]
+STUDIES = json.loads((HERE / "results" / "mend" / "mend.json").read_text())["studies"]
+
+
+def leaves(value) -> list[float]:
+    """All numbers of a study, and h = A - B where it has both."""
+    if isinstance(value, dict):
+        value = list(value.values()) + [a - b for a, b in zip(value.get("A", []), value.get("B", []))]
+    return [number for each in value for number in leaves(each)] if isinstance(value, list) else [value]
+
+
+def test_the_table_is_the_summary_of_the_results():
+    """compare --summary over the three seeds  =>  the README's table, whole"""
+    assert compare.table(RUNS) in README
+    assert [run["config"]["seed"] for run in RUNS] == [0, 1, 2]
+
+
+def test_every_method_is_in_the_results_at_its_hyperparameters_and_rate():
+    """METHODS  =>  the points of each run: results are of the code that is here"""
+    due = [(name, hyper, rate * compare.Settings().rate) for name, m in compare.METHODS.items()
+           for hyper, rate in zip(m.strengths(), m.rates)]
+    for run in RUNS:
+        assert [(p["method"], p["hyper"], p["rate"]) for p in run["points"]] == due and run["times"] == 1.0
+
+
+def test_two_sentences_under_each_figure_quote_its_results():
+    """A number with two decimals under a figure  =>  a number of that study's results; and two sentences, no more"""
+    for name in mend.STUDIES:
+        said, = re.findall(rf"!\[[^\]]*\]\(results/mend/mend-{name}\.png\)\n\n(.+?)\n\n", README + "\n\n", re.S)
+        results = {f"{abs(number):.2f}" for number in leaves(STUDIES[name]) if isinstance(number, float)}
+        quoted = re.findall(r"\d+\.\d\d(?!\d)", said)
+        assert quoted and set(quoted) <= results, (name, sorted(set(quoted) - results))
+        assert len(re.findall(r"[.](?= [A-Z]|$)", " ".join(said.split()))) == 2, name
+
+
+def test_quoted_seconds_are_those_of_the_runs():
+    """The seconds of the stages  =>  the README's, seed by seed"""
+    assert ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in RUNS) + " s" in README
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (HERE / name).exists(), name
