@@ -1,4 +1,4 @@
-"""beyond/README.md's numbers are those of beyond/results/, and what it names is there."""
+"""beyond/README.md's numbers are those of results/, and what it names is there."""
 import json
 import re
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 from beyond import compare, mend
 
 HERE = Path(compare.__file__).parent
+RESULTS = HERE.parent / "results"
 README = (HERE / "README.md").read_text(encoding="utf-8")
-RUNS = [compare.read_results(HERE / "results" / f"compare-{seed}") for seed in (0, 1, 2)]
-STUDIES = json.loads((HERE / "results" / "mend" / "mend.json").read_text())["studies"]
+RUNS = [compare.read_results(RESULTS / f"compare-{seed}") for seed in (0, 1, 2)]
+STUDIES = json.loads((RESULTS / "mend" / "mend.json").read_text())["studies"]
 
 
 def leaves(value) -> list[float]:
@@ -35,7 +36,7 @@ def test_every_method_is_in_the_results_at_its_hyperparameters_and_rate():
 def test_two_sentences_under_each_figure_quote_its_results():
     """A number with two decimals under a figure  =>  a number of that study's results; and two sentences, no more"""
     for name in mend.STUDIES:
-        said, = re.findall(rf"!\[[^\]]*\]\(results/mend/mend-{name}\.png\)\n\n(.+?)\n\n", README + "\n\n", re.S)
+        said, = re.findall(rf"!\[[^\]]*\]\(\.\./results/mend/mend-{name}\.png\)\n\n(.+?)\n\n", README + "\n\n", re.S)
         results = {f"{abs(number):.2f}" for number in leaves(STUDIES[name]) if isinstance(number, float)}
         quoted = re.findall(r"\d+\.\d\d(?!\d)", said)
         assert quoted and set(quoted) <= results, (name, sorted(set(quoted) - results))
