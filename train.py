@@ -637,7 +637,8 @@ def draw_frontier(ax, results: dict):
                 [2 * p["kl_se"] for p in points], fmt="o", color=THETA, ms=5, label="DPO, with two standard errors")
     ax.plot(0, r_ref, "D", color=REF, ms=8, label=r"$\pi_\mathrm{ref}$")
     ax.set_xlim(-0.04 * right, 1.15 * right)
-    ax.set_ylim(r_ref - 0.15 * (top - r_ref), top + 0.35 * (top - r_ref))
+    rise = max(top - r_ref, 0.1)
+    ax.set_ylim(r_ref - 0.15 * rise, r_ref + 1.35 * rise)
     ax.set_ylabel("mean true reward, nats")
 
 
