@@ -457,7 +457,7 @@ def pair_of(line: bytes, place: str) -> dict:
             raise BadInput(f"{place}: has no {name}; python -m beyond.convert makes this format of others")
         if not isinstance(row[name], str):
             raise BadInput(f"{place}: {name} is not a string; python -m beyond.convert makes this format of others")
-        if not row[name]:
+        if not row[name] and not row.get(f"{name}_ids"):                # ours may be the end token alone, which was sampled
             raise BadInput(f"{place}: {name} is empty")
     if row["chosen"] == row["rejected"]:
         raise BadInput(f"{place}: chosen and rejected are identical, which says nothing; leave the pair out")

@@ -325,3 +325,11 @@ def test_a_pair_fits_if_its_longer_response_and_the_end_token_do():
     pair = dict(prompt="a", chosen="b" * 3, rejected="c", weight=1.0)
     needed = len(TOKENIZER.encode_ordinary("a")) + len(TOKENIZER.encode_ordinary("bbb")) + 1
     assert len(data.encode_pairs([pair], TOKENIZER, needed)) == 1 and data.encode_pairs([pair], TOKENIZER, needed - 1) == []
+
+
+def test_a_response_that_is_the_end_token_alone_is_read_back_though_its_text_is_empty(tmp_path):
+    end = [TOKENIZER.eot_token]
+    written = data.triplet(OPENINGS[0][:3], end, OPENINGS[0][3:], TOKENIZER, 1.0, 0)
+    data.write_triplets([written], tmp_path / "t.jsonl")
+    again, = data.encode_pairs(data.read_pairs(tmp_path / "t.jsonl"), TOKENIZER, 24)
+    assert written["chosen"] == "" and again["chosen_ids"] == end and again["rejected_ids"] == written["rejected_ids"]
