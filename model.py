@@ -90,12 +90,16 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits (B, T, V) for ids (B, T) that stand at positions start, start + 1, ...; with a `cache` from
         `new_cache` the start tokens before them are remembered from earlier calls, and ids are remembered for later ones."""
-        T = ids.size(1)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.wte(ids) + self.wpe.weight[start:start + T]                            # (B, T, C)
+            return self.features(ids, cache, start) @ self.wte.weight.T
+
+    def features(self, ids: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """What the logits are read off, (B, T, C)."""
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.wte(ids) + self.wpe.weight[start:start + ids.size(1)]                  # (B, T, C)
             for i, block in enumerate(self.h):
                 x = block(x, None if cache is None else cache[i], start)
-            return self.ln_f(x) @ self.wte.weight.T
+            return self.ln_f(x)
 
     def new_cache(self, B: int) -> Tensor:
         """Room for the keys and values of B sequences: (n_layer, 2, B, nh, context, hs)."""

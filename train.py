@@ -357,6 +357,13 @@ def padded(lists: list[list[int]], device: torch.device) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], True, -1).to(device)
 
 
+def joined(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each prompt with its response: ids and mask (B, T), padded on the right."""
+    ids = padded([x + y for x, y in zip(prompts, responses)], device)
+    starts = torch.tensor([len(x) for x in prompts], device=device)[:, None]
+    return ids.clamp(min=0), (torch.arange(ids.size(1), device=device) >= starts) & (ids >= 0)
+
+
 def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
     """Cross-entropy of the batch's tokens after the first, nats per token."""
     ids = padded(batch, pi.wte.weight.device)
@@ -402,8 +409,9 @@ def peak_rate(beta: float, settings: Settings) -> float:
 
 
 def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: float, settings: Settings,
-             purpose: str = "training") -> tuple[GPT, dict[str, Tensor]]:
-    """pi_theta, trained from pi_ref in one pass over the prompts, and what each step saw, (steps,) each.
+             purpose: str = "training", watch: Callable[[GPT, int, int], None] | None = None) -> tuple[GPT, dict[str, Tensor]]:
+    """pi_theta, trained from pi_ref in one pass over the prompts, and what each step saw, (steps,) each. After each step
+    watch(pi_theta, steps taken, steps in all) may look.
 
     Plain gradient descent with momentum, since Adam's steps are as large for a token seldom seen as for a frequent one.
     What single words are worth is learned in the token vectors, at the full rate; the rest moves at a sixteenth of it. Errors: BadInput if the loss or the gradient is no longer finite."""
@@ -420,6 +428,8 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
     for record in bar:
         schedule.step()
         records.append(record)
+        if watch:
+            watch(pi_theta, len(records), len(batches))
         if len(records) % 20 == 0 or len(records) == len(batches):
             bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**record))
             must_be_finite([r["loss"] + r["grad_norm"] for r in records], purpose)
@@ -529,10 +539,7 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
 
     kls = []
     for xs, ys in zip(tqdm(in_groups(prompts, 64), desc="measuring the KL"), in_groups(responses, 64)):
-        ids = padded([x + y for x, y in zip(xs, ys)], e.pi_ref.wte.weight.device)
-        starts = torch.tensor([len(x) for x in xs], device=ids.device)[:, None]
-        mask = (torch.arange(ids.size(1), device=ids.device) >= starts) & (ids >= 0)
-        kls.append(torch.stack(dpo.sequence_kl(pi_theta, e.pi_ref, ids.clamp(min=0), mask)).cpu())
+        kls.append(torch.stack(dpo.sequence_kl(pi_theta, e.pi_ref, *joined(xs, ys, e.pi_ref.wte.weight.device))).cpu())
     log_ratio, kl = torch.cat(kls, 1).view(2, P, M)
     point["kl"], point["kl_se"] = mean_se(kl)
     point["kl_log_ratio"], point["kl_log_ratio_se"] = mean_se(log_ratio)
@@ -749,7 +756,7 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
         policies.append(e.stage(f"dpo-{beta}", "scores batch rate seed peak_rate optimise like_lengths warm_then_linear", policy))
         pi_theta = load(policies[-1], device)
         evaluations.append(e.stage(
-            f"evaluation-{beta}", f"dpo-{beta} held_out answers seed evaluate draw optimal_curve "
+            f"evaluation-{beta}", f"dpo-{beta} held_out answers seed evaluate joined draw optimal_curve "
             "fraction_of_optimal mean_se",
             lambda: evaluate(e, pi_theta, beta)))
 
