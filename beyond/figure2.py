@@ -160,26 +160,25 @@ def hull(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(xs), np.array(ys)
 
 
-def reward_at(results: dict, method: str, kl: float) -> float | None:
-    """The reward on a method's frontier at this KL; None where no point of it goes so far, or the optimum cannot be told."""
-    start = 0.0, results["reference"]["reward"]
+def frontier_at(run: dict, method: str, kl: float) -> tuple[float | None, bool]:
+    """The reward on a method's frontier at no more than this KL, and whether a point of the method goes so far; of the optimum,
+    None where it cannot be told."""
+    start = 0.0, run["reference"]["reward"]
+    points = [(p["kl"], p["reward"]) for p in run["points"] if p["method"] == method]
     if method == "optimum":
-        trusted = [(f["kl"], f["reward"]) for f in results["frontier"] if f["trusted"]]
-        return float(np.interp(kl, *zip(start, *trusted))) if trusted and kl <= trusted[-1][0] else None
-    points = [(p["kl"], p["reward"]) for p in results["points"] if p["method"] == method]
+        points = [(f["kl"], f["reward"]) for f in run["frontier"] if f["trusted"]]
     if method == "best of N":
-        points = [(b["kl_bound"], b["reward"]) for b in results["best_of_n"]]
-    if not points or kl > max(x for x, _ in points):
-        return None
-    return float(np.interp(kl, *hull([start, *points])))
+        points = [(b["kl_bound"], b["reward"]) for b in run["best_of_n"]]
+    reached = kl <= max([x for x, _ in points], default=0.0)
+    if method == "optimum" and not reached:
+        return None, False
+    return float(np.interp(kl, *hull([start, *points]))), reached
 
 
-CLAIMS = [("DPO's frontier lies above PPO's", "PPO", None),
-          ("DPO's frontier lies above PPO-GT's, which has the true reward", "PPO-GT", None),
-          ("DPO has the higher reward at low KL: above PPO", "PPO", 2),
-          ("DPO has the higher reward at low KL: above PPO-GT", "PPO-GT", 2),
-          ("Preferred-FT falls below DPO", "Preferred-FT", None),
-          ("Unlikelihood falls below DPO", "Unlikelihood", None)]
+CLAIMS = {  # the paper's, of DPO's frontier against another's: which, and at how many of the grid's KLs
+    "DPO lies above PPO": ("PPO", None), "DPO lies above PPO-GT": ("PPO-GT", None),
+    "DPO lies above PPO at low KL": ("PPO", 2), "DPO lies above PPO-GT at low KL": ("PPO-GT", 2),
+    "Preferred-FT lies below DPO": ("Preferred-FT", None), "Unlikelihood lies below DPO": ("Unlikelihood", None)}
 
 
 def verdict(differences: list[list[float]]) -> str:
@@ -189,29 +188,29 @@ def verdict(differences: list[list[float]]) -> str:
     for d in differences:
         margin = 2 * np.std(d, ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0.0
         signs.add(0 if abs(np.mean(d)) <= margin else int(np.sign(np.mean(d))))
-    return {frozenset({1}): "seen", frozenset({-1}): "reversed"}.get(frozenset(signs), "mixed" if signs else "-")
+    return {frozenset({1}): "seen", frozenset({-1}): "reversed"}.get(frozenset(signs), "mixed")
 
 
 def summary(runs: list[dict]) -> str:
-    """Markdown: each method's frontier at the KLs of the grid, and each claim's differences and verdict; mean and, over several
-    runs, standard deviation. Errors: BadInput if the runs are not of the same sweep."""
+    """Markdown: each method's frontier at no more than each KL of the grid, in parentheses where no point of it goes so far;
+    each claim's differences and verdict. Mean and, over several runs, standard deviation. Errors: BadInput if the runs are not of the same sweep."""
     if any((run["grid"], run["runs"]) != (runs[0]["grid"], runs[0]["runs"]) for run in runs):
         raise data.BadInput("these runs are not of the same sweep")
     grid, methods = runs[0]["grid"], dict.fromkeys(run["method"] for run in runs[0]["runs"])
 
-    def rewards(method: str, kl: float) -> list[float | None]:
-        return [reward_at(run, method, kl) for run in runs]
+    def rewards(method: str, kl: float) -> tuple[list[float | None], bool]:
+        each, reached = zip(*(frontier_at(run, method, kl) for run in runs))
+        return list(each), all(reached)
     head = "".join(f" {kl:g} |" for kl in grid)
     lines = [f"| reward at a KL of |{head}", "|---" * (1 + len(grid)) + "|"]
     for method in ("optimum", "best of N", *methods):
-        lines.append(f"| {method} | " + " | ".join(cell(rewards(method, kl)) for kl in grid) + " |")
-    lines += ["", f"| claim, and DPO's reward less the other's at a KL of |{head} |", "|---" * (2 + len(grid)) + "|"]
-    for claim, other, first in CLAIMS:
+        cells = [(cell(each), reached or None in each) for each, reached in (rewards(method, kl) for kl in grid)]
+        lines.append(f"| {method} | " + " | ".join(text if reached else f"({text})" for text, reached in cells) + " |")
+    lines += ["", f"| claim; DPO's reward less the other's at |{head} |", "|---" * (2 + len(grid)) + "|"]
+    for claim, (other, first) in CLAIMS.items():
         if {other, "DPO"} <= methods.keys():
-            both = {kl: (rewards("DPO", kl), rewards(other, kl)) for kl in grid[:first]}
-            less = {kl: [a - b for a, b in zip(*pair)] for kl, pair in both.items() if None not in pair[0] + pair[1]}
-            cells = [cell(less[kl]) if kl in less else "-" for kl in grid]
-            lines.append(f"| {claim} | " + " | ".join(cells) + f" | {verdict([*less.values()])} |")
+            less = [[a - b for a, b in zip(rewards("DPO", kl)[0], rewards(other, kl)[0])] for kl in grid[:first]]
+            lines.append(f"| {claim} | " + " | ".join([*map(cell, less)] + [""] * (len(grid) - len(less))) + f" | {verdict(less)} |")
     return "\n".join(lines)
 
 
