@@ -352,27 +352,27 @@ def warm_then_linear(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / steps)
 
 
-def padded(lists: list[list[int]], device: torch.device) -> Tensor:
+def padded(lists: list[list[int]]) -> Tensor:
     """(B, T) ids, -1 after each one's end."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], True, -1).to(device)
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], True, -1)
 
 
 def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
     """Cross-entropy of the batch's tokens after the first, nats per token."""
-    ids = padded(batch, pi.wte.weight.device)
+    ids = padded(batch).to(pi.wte.weight.device)
     logits = pi(ids[:, :-1].clamp(min=0)).float()
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1, reduction=reduction)
 
 
 def draw(pi: GPT, prompts: list[list[int]], settings: Settings, tokenizer, purpose: str) -> list[list[int]]:
-    """One response for each prompt, in batches of prompts of like length; each purpose has its own random numbers."""
+    """One response for each prompt, in batches of prompts of like length; each purpose has its own random numbers. A GPT this
+    small leaves a GPU idle unless batches are large."""
     seed = zlib.crc32(f"{settings.seed} {purpose}".encode())
     generator = torch.Generator(pi.wte.weight.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses: list[list[int]] = [[]] * len(prompts)
+    responses, size = [[]] * len(prompts), 8192 if pi.wte.weight.is_cuda else 1024
     with tqdm(total=len(prompts), desc=purpose) as bar:
-        for start in range(0, len(order), 1024):
-            rows = order[start:start + 1024]
+        for rows in in_groups(order, size):
             for i, y in zip(rows, sample(pi, [prompts[i] for i in rows], tokenizer.eot_token, generator=generator)):
                 responses[i] = y
             bar.update(len(rows))
@@ -391,7 +391,7 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
         lengths = (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
         for rows in tqdm(lengths.argsort().split(32), desc="scoring under pi_ref"):
             T = int(lengths[rows[-1]])
-            some = dpo.response_logps(pi_ref, *(v[rows, :, :T].flatten(0, 1).to(device) for v in (ids, mask)))
+            some = dpo.response_logps(pi_ref, ids[rows, :, :T].flatten(0, 1).to(device), mask[rows, :, :T].flatten(0, 1))
             logps[rows, :, :T] = some.view(len(rows), -1, T).cpu()
     return logps
 
@@ -408,12 +408,11 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
     Plain gradient descent with momentum, since Adam's steps are as large for a token seldom seen as for a frequent one.
     What single words are worth is learned in the token vectors, at the full rate; the rest moves at a sixteenth of it. Errors: BadInput if the loss or the gradient is no longer finite."""
     pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
-    places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
-    lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
-    batches = [torch.from_numpy(batch).to(preferences.ids.device)
-               for batch in like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed))]
+    lengths = (preferences.mask.any(1) * torch.arange(preferences.mask.size(-1))).amax(-1).numpy()
+    batches = [*map(torch.from_numpy, like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed)))]
     rest = [p for p in pi_theta.parameters() if p is not pi_theta.wte.weight]
-    optimizer = torch.optim.SGD([dict(params=[pi_theta.wte.weight], lr=rate), dict(params=rest, lr=rate / 16)], momentum=0.9)
+    optimizer = torch.optim.SGD([dict(params=[pi_theta.wte.weight], lr=rate), dict(params=rest, lr=rate / 16)], momentum=0.9,
+                                fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_then_linear(len(batches)))
     records = []
     bar = tqdm(dpo.train(pi_theta, preferences, loss, optimizer, batches), total=len(batches), desc=purpose)
@@ -529,10 +528,10 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
 
     kls = []
     for xs, ys in zip(tqdm(in_groups(prompts, 64), desc="measuring the KL"), in_groups(responses, 64)):
-        ids = padded([x + y for x, y in zip(xs, ys)], e.pi_ref.wte.weight.device)
-        starts = torch.tensor([len(x) for x in xs], device=ids.device)[:, None]
-        mask = (torch.arange(ids.size(1), device=ids.device) >= starts) & (ids >= 0)
-        kls.append(torch.stack(dpo.sequence_kl(pi_theta, e.pi_ref, ids.clamp(min=0), mask)).cpu())
+        ids = padded([x + y for x, y in zip(xs, ys)])
+        mask = (torch.arange(ids.size(1)) >= torch.tensor([len(x) for x in xs])[:, None]) & (ids >= 0)
+        ids = ids.clamp(min=0).to(pi_theta.wte.weight.device)
+        kls.append(torch.stack(dpo.sequence_kl(pi_theta, e.pi_ref, ids, mask)).cpu())
     log_ratio, kl = torch.cat(kls, 1).view(2, P, M)
     point["kl"], point["kl_se"] = mean_se(kl)
     point["kl_log_ratio"], point["kl_log_ratio_se"] = mean_se(log_ratio)
@@ -732,8 +731,7 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
     held = stage("held_out", "world reference held_out samples answers labels seed dpo.py hold_out draw score token_nll",
                  lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
     return Experiment(settings, stage, tokenizer, rewards_of, pi_ref,
-                      dpo.Preferences(**{name: t.to(device) for name, t in scores.items()}), counts, world.get("accuracy"),
-                      held, dpo.Preferences(*held["pairs"]),
+                      dpo.Preferences(**scores), counts, world.get("accuracy"), held, dpo.Preferences(*held["pairs"]),
                       optimal_curve(held["rewards"]["reward"]) if rewards_of else None)
 
 
