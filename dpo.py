@@ -82,12 +82,23 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def send(v: Tensor, device: torch.device) -> Tensor:
+    """v.to(device), without waiting for what a GPU is still at."""
+    return v.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not v.is_cuda else v.to(device)
+
+
+def places(mask: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Where the mask is true, as an index on the device. Of a mask on the CPU no GPU need be asked how many there are."""
+    return tuple(send(i, device) for i in mask.nonzero(as_tuple=True))
+
+
 def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi(y_t | x, y_<t) at the tokens under the mask and 0 elsewhere: ids, mask (B, T) -> (B, T) nats.
-    Its sum over T is log pi(y|x)."""
-    logits = at_least_float32(pi(ids[:, :-1]))                          # (B, T-1, V); those at t predict the token at t + 1
-    logps = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
-    return F.pad(logps, (1, 0)).masked_fill(~mask, 0.0)
+    Its sum over T is log pi(y|x). The mask may be on the CPU where ids are on a GPU."""
+    where = places(mask[:, 1:], ids.device)
+    logits = at_least_float32(pi(ids[:, :-1], where=where))             # (n, V); those at t predict the token at t + 1
+    logps = -F.cross_entropy(logits, ids[:, 1:][where], reduction="none")
+    return F.pad(logps.new_zeros(ids[:, 1:].shape).index_put(where, logps), (1, 0))
 
 
 @torch.no_grad()
@@ -95,10 +106,11 @@ def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tenso
     """Two estimates of KL(pi_theta, pi_ref) in nats per response, from responses drawn from pi_theta at temperature 1:
     log pi_theta(y|x) / pi_ref(y|x), and the sum along y of the whole next-token distributions' KL. Both have the sequence
     KL as their mean; the second is usually steadier, and never negative. ids, mask (B, T) -> (B,) and (B,)."""
-    theta, ref = (at_least_float32(pi(ids[:, :-1])).log_softmax(-1) for pi in (pi_theta, pi_ref))           # (B, T-1, V)
-    log_ratio = (theta - ref).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    row, place = where = places(mask[:, 1:], ids.device)
+    theta, ref = (at_least_float32(pi(ids[:, :-1], where=where)).log_softmax(-1) for pi in (pi_theta, pi_ref))      # (n, V)
+    log_ratio = (theta - ref).gather(-1, ids[row, place + 1, None]).squeeze(-1)
     full = (theta.exp() * (theta - ref)).sum(-1)
-    return tuple(kl.masked_fill(~mask[:, 1:], 0.0).sum(-1) for kl in (log_ratio, full))
+    return tuple(kl.new_zeros(len(ids)).index_add(0, row, kl) for kl in (log_ratio, full))
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -106,7 +118,8 @@ def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tenso
 @dataclass(frozen=True)
 class Preferences:
     """P prompts with up to K completions each, and n preferences among them. Completions are scored once, and all pairs
-    of one prompt are formed from those scores: four rows serve six pairs."""
+    of one prompt are formed from those scores: four rows serve six pairs. All of them stay on the CPU, where shapes are
+    known at once; `train` sends each batch to the model's device."""
     ids: Tensor         # (P, K, T) x and then y, padded on the right
     mask: Tensor        # (P, K, T) true on the tokens of y
     pi_ref: Tensor      # (P, K, T) log pi_ref(y_t | x, y_<t), 0 outside the mask
@@ -122,6 +135,9 @@ class Preferences:
         T = int(self.mask[prompts].any(dim=(0, 1)).nonzero().max()) + 1
         ids, mask, pi_ref = (v[prompts, :, :T] for v in (self.ids, self.mask, self.pi_ref))
         return Preferences(ids, mask, pi_ref, pairs, self.weight[keep])
+
+    def to(self, device: torch.device) -> "Preferences":
+        return Preferences(*(send(v, device) for v in vars(self).values()))
 
 
 Loss = Callable[[Tensor, Preferences], tuple[Tensor, Tensor, Tensor]]   # (pi_theta (P, K, T), batch) -> as dpo_loss
@@ -141,11 +157,14 @@ def train(pi_theta: nn.Module, preferences: Preferences, loss: Loss, optimizer: 
     counting one half; log pi_theta(y_w|x) and log pi_theta(y_l|x), which may both fall; the gradient's norm. All but the
     last are means over the batch's pairs, by weight, before the step. `loss` says what is minimised, for instance
     `partial(dpo, beta=0.1)`; the reference enters through preferences.pi_ref alone, so it cannot move."""
+    device = next(pi_theta.parameters()).device
     for prompts in batches:
         batch = preferences[prompts]
         real = batch.mask.any(-1)                                       # (P, K); a prompt may have fewer than K completions
-        logps = response_logps(pi_theta, batch.ids[real], batch.mask[real])
-        pi = logps.new_zeros(batch.ids.shape).masked_scatter(real[..., None], logps)
+        mask, real = batch.mask[real], places(real, device)
+        batch = batch.to(device)
+        logps = response_logps(pi_theta, batch.ids[real], mask)
+        pi = logps.new_zeros(batch.ids.shape).index_put(real, logps)
         losses, r_hat_w, r_hat_l = loss(pi, batch)
         share = batch.weight / batch.weight.sum()
         optimizer.zero_grad()

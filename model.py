@@ -24,6 +24,17 @@ class GPTConfig:
     n_embd: int = 192       # C, a multiple of n_head
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, start: int, fused: bool) -> Tensor:
+    """softmax(q k' / sqrt(hs)) v, each query seeing the keys up to its own place: q (B, nh, T, hs) at places start, start + 1,
+    ...; k and v (B, nh, start + T, hs). Written out it is faster on a CPU at these lengths, `fused` is so on a GPU."""
+    T, S = q.size(-2), k.size(-2)
+    if fused and (start == 0 or T == 1):                                                    # then no mask has to be made
+        return F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                                # (B, nh, T, S)
+    future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)                # 0 on what was seen
+    return (scores + future).softmax(-1).to(v.dtype) @ v                                    # softmax is in float32
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -38,11 +49,7 @@ class Attention(nn.Module):
         if cache is not None:                                                               # (2, B, nh, context, hs)
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T]                                               # (B, nh, S, hs) each
-        S = start + T
-        # Written out, as at these lengths it is faster on a CPU than the fused kernel.
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                            # (B, nh, T, S)
-        future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(start + 1)
-        y = scores.masked_fill(future, -torch.inf).softmax(-1) @ v                          # (B, nh, T, hs)
+        y = attend(q, k, v, start, fused=x.is_cuda)                                         # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -87,11 +94,12 @@ class GPT(nn.Module):
                 scale = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1.0      # two residual adds a block
                 nn.init.normal_(p, std=0.02 / scale)
 
-    def forward(self, ids: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(self, ids: Tensor, cache: Tensor | None = None, start: int = 0, where=...) -> Tensor:
         """Logits (B, T, V) for ids (B, T) that stand at positions start, start + 1, ...; with a `cache` from
-        `new_cache` the start tokens before them are remembered from earlier calls, and ids are remembered for later ones."""
+        `new_cache` the start tokens before them are remembered from earlier calls, and ids are remembered for later ones.
+        `where` indexes (B, T), for logits (n, V) at those places alone: with a small GPT they are half the work."""
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.features(ids, cache, start) @ self.wte.weight.T
+            return self.features(ids, cache, start)[where] @ self.wte.weight.T
 
     def features(self, ids: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """What the logits are read off, (B, T, C)."""
@@ -106,6 +114,9 @@ class GPT(nn.Module):
         c = self.config
         return self.wte.weight.new_empty((c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head),
                                          dtype=torch.bfloat16 if self.bf16 else None)
+
+
+ASK_EVERY = dict(cuda=8)        # tokens: to know how many rows have ended, a GPU must be waited for
 
 
 @torch.no_grad()
@@ -129,7 +140,7 @@ def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0
     ids, length = ids.to(device), lengths.to(device)
     rows = torch.arange(len(prompts), device=device)            # the rows still being written
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    cache, start = pi.new_cache(len(prompts)), int(lengths.min())
+    cache, start, every = pi.new_cache(len(prompts)), int(lengths.min()), ASK_EVERY.get(device.type, 1)
     new = ids[:, :start]
     for t in range(start, context):
         logits = pi(new, cache, t - new.size(1))[:, -1].float()                             # (rows, V)
@@ -139,9 +150,10 @@ def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0
         y_t = torch.where((t < length[rows]) | ended, ids[rows, t], y_t)
         ids[rows, t] = y_t
         ended |= (y_t == end) & (t >= length[rows])
-        if ended.all():
+        done = 0 if t % every else int(ended.sum())
+        if done == len(rows):
             break
-        if ended.sum() > len(rows) // 4:                        # finished rows leave; not at once, since copies cost
+        if done > len(rows) // 4:                               # finished rows leave; not at once, since copies cost
             rows, cache, y_t, ended = rows[~ended], cache[:, :, ~ended], y_t[~ended], ended[~ended]
         new = y_t[:, None]
     responses = [row[len(x):] for row, x in zip(ids.tolist(), prompts)]

@@ -352,34 +352,34 @@ def warm_then_linear(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / steps)
 
 
-def padded(lists: list[list[int]], device: torch.device) -> Tensor:
+def padded(lists: list[list[int]]) -> Tensor:
     """(B, T) ids, -1 after each one's end."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], True, -1).to(device)
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], True, -1)
 
 
 def joined(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Each prompt with its response: ids and mask (B, T), padded on the right."""
-    ids = padded([x + y for x, y in zip(prompts, responses)], device)
+    ids = padded([x + y for x, y in zip(prompts, responses)]).to(device)
     starts = torch.tensor([len(x) for x in prompts], device=device)[:, None]
     return ids.clamp(min=0), (torch.arange(ids.size(1), device=device) >= starts) & (ids >= 0)
 
 
 def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
     """Cross-entropy of the batch's tokens after the first, nats per token."""
-    ids = padded(batch, pi.wte.weight.device)
+    ids = padded(batch).to(pi.wte.weight.device)
     logits = pi(ids[:, :-1].clamp(min=0)).float()
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1, reduction=reduction)
 
 
 def draw(pi: GPT, prompts: list[list[int]], settings: Settings, tokenizer, purpose: str) -> list[list[int]]:
-    """One response for each prompt, in batches of prompts of like length; each purpose has its own random numbers."""
+    """One response for each prompt, in batches of prompts of like length; each purpose has its own random numbers. A GPT this
+    small leaves a GPU idle unless batches are large."""
     seed = zlib.crc32(f"{settings.seed} {purpose}".encode())
     generator = torch.Generator(pi.wte.weight.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses: list[list[int]] = [[]] * len(prompts)
+    responses, size = [[]] * len(prompts), 8192 if pi.wte.weight.is_cuda else 1024
     with tqdm(total=len(prompts), desc=purpose) as bar:
-        for start in range(0, len(order), 1024):
-            rows = order[start:start + 1024]
+        for rows in in_groups(order, size):
             for i, y in zip(rows, sample(pi, [prompts[i] for i in rows], tokenizer.eot_token, generator=generator)):
                 responses[i] = y
             bar.update(len(rows))
@@ -398,7 +398,7 @@ def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
         lengths = (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
         for rows in tqdm(lengths.argsort().split(32), desc="scoring under pi_ref"):
             T = int(lengths[rows[-1]])
-            some = dpo.response_logps(pi_ref, *(v[rows, :, :T].flatten(0, 1).to(device) for v in (ids, mask)))
+            some = dpo.response_logps(pi_ref, ids[rows, :, :T].flatten(0, 1).to(device), mask[rows, :, :T].flatten(0, 1))
             logps[rows, :, :T] = some.view(len(rows), -1, T).cpu()
     return logps
 
@@ -416,12 +416,11 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
     Plain gradient descent with momentum, since Adam's steps are as large for a token seldom seen as for a frequent one.
     What single words are worth is learned in the token vectors, at the full rate; the rest moves at a sixteenth of it. Errors: BadInput if the loss or the gradient is no longer finite."""
     pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
-    places = torch.arange(preferences.mask.size(-1), device=preferences.mask.device)
-    lengths = (preferences.mask.any(1) * places).amax(-1).cpu().numpy()
-    batches = [torch.from_numpy(batch).to(preferences.ids.device)
-               for batch in like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed))]
+    lengths = (preferences.mask.any(1) * torch.arange(preferences.mask.size(-1))).amax(-1).numpy()
+    batches = [*map(torch.from_numpy, like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed)))]
     rest = [p for p in pi_theta.parameters() if p is not pi_theta.wte.weight]
-    optimizer = torch.optim.SGD([dict(params=[pi_theta.wte.weight], lr=rate), dict(params=rest, lr=rate / 16)], momentum=0.9)
+    optimizer = torch.optim.SGD([dict(params=[pi_theta.wte.weight], lr=rate), dict(params=rest, lr=rate / 16)], momentum=0.9,
+                                fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_then_linear(len(batches)))
     records = []
     bar = tqdm(dpo.train(pi_theta, preferences, loss, optimizer, batches), total=len(batches), desc=purpose)
@@ -739,8 +738,7 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
     held = stage("held_out", "world reference held_out samples answers labels seed dpo.py hold_out draw score token_nll",
                  lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
     return Experiment(settings, stage, tokenizer, rewards_of, pi_ref,
-                      dpo.Preferences(**{name: t.to(device) for name, t in scores.items()}), counts, world.get("accuracy"),
-                      held, dpo.Preferences(*held["pairs"]),
+                      dpo.Preferences(**scores), counts, world.get("accuracy"), held, dpo.Preferences(*held["pairs"]),
                       optimal_curve(held["rewards"]["reward"]) if rewards_of else None)
 
 

@@ -135,11 +135,11 @@ def name_of(run: Run) -> str:
 
 def normalised(reward: Reward, e: Experiment, prompts: int = 1000) -> Reward:
     """The reward with mean 0 and deviation 1 over pi_ref's completions of the first prompts."""
-    some = e.preferences[torch.arange(min(prompts, len(e.preferences.ids)), device=e.preferences.ids.device)]
+    some = e.preferences[torch.arange(min(prompts, len(e.preferences.ids)))]
     real = some.mask.any(-1)
     pairs = [(ids[:start], ids[start:end]) for ids, start, end in zip(
         some.ids[real].tolist(), some.mask[real].int().argmax(-1).tolist(),
-        (some.mask[real] * torch.arange(1, some.mask.size(-1) + 1, device=real.device)).amax(-1).tolist())]
+        (some.mask[real] * torch.arange(1, some.mask.size(-1) + 1)).amax(-1).tolist())]
     r = torch.cat([reward(*zip(*part)) for part in train.in_groups(pairs, 256)])
     mean, deviation = r.mean(), r.std()
     return lambda xs, ys: (reward(xs, ys) - mean) / deviation

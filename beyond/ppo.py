@@ -61,6 +61,7 @@ def last(values: Tensor, mask: Tensor) -> Tensor:
 
 def reward_loss(r_phi: Scalar, batch: Preferences) -> tuple[Tensor, Tensor]:
     """Eq. 2 for each pair, and whether r_phi orders it as labelled, a tie counting one half: (n,) each."""
+    batch = batch.to(r_phi.wte.weight.device)
     real = batch.mask.any(-1)
     r = last(r_phi(batch.ids[real]), batch.mask[real])
     r = r.new_zeros(real.shape).masked_scatter(real, r)             # (P, K)
@@ -73,9 +74,9 @@ def accuracy(r_phi: Scalar, preferences: Preferences) -> float:
     """The share of pairs, by weight, that r_phi orders as labelled."""
     right = 0.0
     with torch.no_grad():
-        for prompts in torch.arange(len(preferences.ids), device=preferences.ids.device).split(64):
+        for prompts in torch.arange(len(preferences.ids)).split(64):
             batch = preferences[prompts]
-            right += (batch.weight * reward_loss(r_phi, batch)[1]).sum().item()
+            right += (batch.weight * reward_loss(r_phi, batch)[1].cpu()).sum().item()
     return right / preferences.weight.sum().item()
 
 
@@ -84,8 +85,7 @@ def fit_reward(pi_ref: GPT, preferences: Preferences, rates: tuple[float, ...], 
     """r_phi from pi_ref's weights: one pass over the prompts at each rate, `size` of them a step, AdamW. The one of the best
     accuracy on a tenth of the prompts, which is not trained on, looked at after each quarter of a pass, and all that was
     looked at."""
-    device = preferences.ids.device
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(preferences.ids))).to(device)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(preferences.ids)))
     kept, others = preferences[order[:max(1, len(order) // 10)]], order[len(order) // 10:]
     best, looked = None, []
     for rate in rates:
@@ -96,7 +96,7 @@ def fit_reward(pi_ref: GPT, preferences: Preferences, rates: tuple[float, ...], 
             batch = preferences[prompts]
             losses, _ = reward_loss(r_phi, batch)
             optimizer.zero_grad()
-            (batch.weight / batch.weight.sum() * losses).sum().backward()
+            (batch.weight.to(losses) / batch.weight.sum() * losses).sum().backward()
             nn.utils.clip_grad_norm_(r_phi.parameters(), 1.0)
             optimizer.step()
             schedule.step()

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 
 import dpo
@@ -103,9 +104,32 @@ def test_only_logits_that_predict_response_tokens_get_gradient():
     them, the last token's own never. pitfalls 1, 2, 10"""
     pi, (ids, mask) = gpt(0), rows([1, 0], responses([1, 0]))
     seen = []
-    pi.register_forward_hook(lambda module, inputs, logits: (logits.retain_grad(), seen.append(logits)) and None)
+    pi.register_forward_hook(lambda module, inputs, given, logits: (logits.retain_grad(), seen.append((given["where"], logits)))
+                             and None, with_kwargs=True)
     dpo.response_logps(pi, ids, mask).sum().backward()
-    assert torch.equal(seen[0].grad.abs().sum(-1) > 0, mask[:, 1:])
+    (where, logits), moved = seen[0], torch.zeros_like(mask[:, 1:])
+    moved[where] = logits.grad.abs().sum(-1) > 0
+    assert torch.equal(moved, mask[:, 1:]) and len(logits) == mask.sum()
+
+
+@pytest.mark.parametrize("where", [..., "mask", "places"])
+def test_logits_at_some_places_are_those_of_all_places_there(where):
+    """Logits are computed only where they are wanted, said by a mask or by indices  =>  the same logits there"""
+    pi, (ids, mask) = gpt(0), rows([1, 0], responses([1, 0]))
+    where = dict(mask=mask, places=dpo.places(mask, ids.device)).get(where, where)
+    assert_same(pi(ids, where=where), pi(ids)[where])
+
+
+def test_log_probabilities_and_kl_are_those_of_the_whole_rows():
+    """Scored at the response's places alone => the same as all places scored and those outside the mask dropped, where some
+    rows have no response at all.  Eq. 7's log pi(y|x)"""
+    pi, other, (ids, mask) = gpt(0), gpt(1), rows([0], responses([0]))
+    mask[::3] = False
+    theta, ref = (F.pad(model(ids)[:, :-1].log_softmax(-1), (0, 0, 1, 0)) for model in (pi, other))     # (B, T, V)
+    own = theta.gather(-1, ids[..., None]).squeeze(-1)
+    full = (theta.exp() * (theta - ref)).sum(-1)
+    assert_same(dpo.response_logps(pi, ids, mask), own.masked_fill(~mask, 0.0), SINGLE)
+    assert_same(dpo.sequence_kl(pi, other, ids, mask)[1], full.masked_fill(~mask, 0.0).sum(-1), SINGLE)
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -129,6 +153,7 @@ def test_cached_logits_are_the_uncached_ones():
         return torch.cat([pi(ids[:, end - size:end], cache, end - size) for size, end in zip(sizes, ends)], 1)
     assert_same(pieces([1, 1, 1, 1]), pi(ids))
     assert_same(pieces([3, 1]), pi(ids))
+    assert_same(pieces([1, 2, 1]), pi(ids))
 
 
 def test_training_and_evaluation_mode_are_one_function():

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model
 from model import GPT, GPTConfig, sample
 
 CONFIG = GPTConfig(vocab_size=11, context=9, n_layer=2, n_head=2, n_embd=8)
@@ -34,6 +35,14 @@ def test_the_architecture_is_gpt2s():
         h = block.mlp.c_fc(block.ln_2(x))
         x = x + block.mlp.c_proj(0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3))))
     torch.testing.assert_close(pi(ids), pi.ln_f(x) @ pi.wte.weight.T)
+
+
+@pytest.mark.parametrize("T, start", [(5, 0), (1, 0), (1, 4), (3, 2)])
+def test_attention_of_a_gpu_is_that_of_a_cpu(T, start):
+    """The whole of a row, the next token after a cache, or several after one: the fused kernel computes what is written out."""
+    q, k, v = torch.randn(3, 2, 2, start + T, 4, dtype=torch.float64)
+    written, fused = (model.attend(q[:, :, start:], k, v, start, fused) for fused in (False, True))
+    torch.testing.assert_close(fused, written)
 
 
 def greedy(pi, x, end):
@@ -89,3 +98,12 @@ def test_the_same_generator_draws_the_same_responses():
 def test_a_prompt_that_leaves_no_room_is_an_error(prompt):
     with pytest.raises(ValueError, match="1 to 8 tokens"):
         sample(gpt(), [[1], prompt], end=0)
+
+
+def test_asking_seldom_whether_rows_have_ended_changes_no_response(monkeypatch):
+    """A GPU is asked every few tokens: rows that have ended meanwhile stay as they are."""
+    pi = gpt(3)
+    prompts = [torch.randint(0, 10, (1 + n % 8,)).tolist() for n in range(40)]
+    often = sample(pi, prompts, end=2, temperature=1e-6)
+    monkeypatch.setitem(model.ASK_EVERY, "cpu", 3)
+    assert sample(pi, prompts, end=2, temperature=1e-6) == often and any(y[-1] == 2 for y in often)

@@ -15,10 +15,11 @@ import pytest
 import dpo
 from beyond import losses, pairs
 
-LOSS, UPCAST = "-F.logsigmoid(r_hat_w - r_hat_l)", "logits = at_least_float32(pi(ids[:, :-1]))"
+LOSS, UPCAST = "-F.logsigmoid(r_hat_w - r_hat_l)", "logits = at_least_float32(pi(ids[:, :-1], where=where))"
 PAIRS = "theta[x, w], theta[x, l], ref[x, w], ref[x, l], beta"
 SUMS = "theta, ref = pi_theta.sum(-1), batch.pi_ref.sum(-1)"
-MASKED, SHARE = "(logps, (1, 0)).masked_fill(~mask, 0.0)", "share = batch.weight / batch.weight.sum()"
+MASKED, OF_KL = "\n    where = places(mask[:, 1:]", "row, place = where = places(mask[:, 1:]"
+PUT, SHARE = ".index_put(where, logps), (1, 0))", "share = batch.weight / batch.weight.sum()"
 BACKWARD, CLIP = "(share * losses).sum().backward()", "clip_grad_norm_(pi_theta.parameters(), max_grad_norm)"
 
 WORLDS = "test_finite_worlds.test_"
@@ -127,37 +128,37 @@ EDITS = {   # what is wrong: the text of dpo.py, what takes its place, the theor
         CURVE + "sampled_frontier_is_the_optimal_policy_on_the_samples"),
     # log pi(y|x)
     "label shift missing": (
-        "ids[:, 1:].flatten()", "ids[:, :-1].flatten()",
+        "ids[:, 1:][where]", "ids[:, :-1][where]",
         GPT + "log_probability_obeys_the_chain_rule"),
     "mask one to the right": (
-        MASKED, MASKED.replace("~mask", "~mask.roll(1, -1)"),
+        MASKED, MASKED.replace("mask[", "mask.roll(1, -1)["),
         GPT + "log_probability_of_a_one_token_response_is_that_tokens"),
     "mask one to the left": (
-        MASKED, MASKED.replace("~mask", "~mask.roll(-1, -1)"),
+        MASKED, MASKED.replace("mask[", "mask.roll(-1, -1)["),
         GPT + "probabilities_of_all_responses_sum_to_one"),
     "prompt counted": (
-        MASKED, MASKED.replace("~mask", "~(mask | ~mask.cummax(-1)[0])"),
+        MASKED, MASKED.replace("mask[", "(mask | ~mask.cummax(-1)[0])["),
         GPT + "only_logits_that_predict_response_tokens_get_gradient"),
     "padding counted": (
-        MASKED, MASKED.replace("~mask", "~mask.cummax(-1)[0]"),
+        MASKED, MASKED.replace("mask[", "mask.cummax(-1)[0]["),
         GPT + "padding_is_invisible"),
     "end token dropped": (
-        MASKED, MASKED.replace("~mask", "~(mask & mask.roll(-1, -1))"),
+        MASKED, MASKED.replace("mask[", "(mask & mask.roll(-1, -1))["),
         GPT + "probabilities_of_all_responses_sum_to_one"),
     "first token dropped": (
-        MASKED, MASKED.replace("~mask", "~(mask & mask.roll(1, -1))"),
+        MASKED, MASKED.replace("mask[", "(mask & mask.roll(1, -1))["),
         GPT + "log_probability_of_a_response_is_the_wholes_less_the_prompts"),
     "sign of log pi flipped": (
         "logps = -F.cross_entropy", "logps = F.cross_entropy",
         GPT + "tokens_outside_the_mask_score_zero"),
     "a token's share of its response": (
-        MASKED, MASKED + " / mask.sum(-1, keepdim=True)",
+        PUT, PUT + " / mask.sum(-1, keepdim=True)",
         GPT + "shared_beginning_of_responses_leaves_the_loss_alone"),
-    "logits of the batch's first row": (
-        UPCAST, UPCAST + "[:1].expand(len(ids), -1, -1)",
+    "logits of the batch's last place": (
+        UPCAST, UPCAST + "[-1:].expand(len(where[0]), -1)",
         GPT + "batch_mates_are_invisible"),
     "float32 dropped": (
-        UPCAST, "logits = pi(ids[:, :-1])",
+        UPCAST, "logits = pi(ids[:, :-1], where=where)",
         LOOP + "log_probabilities_are_float32_whatever_the_model_computes_in"),
     # KL
     "log-ratio's sign": (
@@ -170,13 +171,13 @@ EDITS = {   # what is wrong: the text of dpo.py, what takes its place, the theor
         "theta.exp() * (theta - ref)", "theta - ref",
         GPT + "second_estimate_is_never_negative"),
     "KL's mask unshifted": (
-        "~mask[:, 1:], 0.0", "~mask[:, :-1], 0.0",
+        OF_KL, OF_KL.replace("1:", ":-1"),
         GPT + "sampled_estimates_agree_with_enumeration"),
     "KL of a token": (
-        "0.0).sum(-1) for kl", "0.0).mean(-1) for kl",
+        ".index_add(0, row, kl)", ".index_add(0, row, kl) / mask.sum(-1)",
         GPT + "sampled_estimates_agree_with_enumeration"),
     "KL of the padding too": (
-        "~mask[:, 1:], 0.0", "~mask[:, 1:].cummax(-1)[0], 0.0",
+        OF_KL, OF_KL.replace("mask[", "mask.cummax(-1)[0]["),
         GPT + "each_estimate_is_what_it_says"),
     # pairs and batches
     "mean for sum": (
@@ -244,6 +245,25 @@ EDITS = {   # what is wrong: the text of dpo.py, what takes its place, the theor
         "pi_theta_w=pi.sum(-1)[x, w]", "pi_theta_w=pi.sum(-1)[x, l]",
         LOOP + "records_are_means_over_pairs_by_weight"),
 }
+
+EDITS_OF_PLACES = {     # the same of what moves tokens, logits and scores to where they belong
+    "scores one to the left of their tokens": (
+        PUT, PUT.replace("(1, 0)", "(0, 1)"),
+        GPT + "tokens_outside_the_mask_score_zero"),
+    "logits of the tokens' own places": (
+        UPCAST, "logits = at_least_float32(pi(ids[:, 1:], where=where))",
+        GPT + "log_probability_obeys_the_chain_rule"),
+    "scores at other places of the mask": (
+        PUT, PUT.replace("logps)", "logps.flip(0))"),
+        GPT + "log_probabilities_and_kl_are_those_of_the_whole_rows"),
+    "KL at the token before": (
+        "ids[row, place + 1, None]", "ids[row, place, None]",
+        GPT + "each_estimate_is_what_it_says"),
+    "scores of other completions": (
+        "index_put(real, logps)", "index_put(real, logps.flip(0))",
+        LOOP + "records_are_means_over_pairs_by_weight"),
+}
+
 LAWS = "test_losses.test_"
 IPO, Z_0, MEANS = "return (A - B - 1 / (2 * tau)).square()", ".mean().clamp(min=0).detach()", "mean_logps(pi_theta, batch)"
 RATIO, HARD = "(pi_theta - batch.pi_ref).sum(-1), batch)", "(A - 1 / (2 * beta)).square() + (B + 1 / (2 * beta)).square()"
@@ -459,7 +479,7 @@ EDITS_OF_PAIRS = {      # the same of beyond/pairs.py
         DRAWN + "rewards_find_their_completions_again"),
 }
 ALL = {f"{module.__name__}: {what}": (module, *edit) for module, edits in
-       ((dpo, EDITS), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS)) for what, edit in edits.items()}
+       ((dpo, EDITS | EDITS_OF_PLACES), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS)) for what, edit in edits.items()}
 SOURCES = {module: Path(module.__file__).read_text(encoding="utf-8") for module in (dpo, losses, pairs)}
 FEW = hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate], deadline=None, derandomize=True,
                           database=None, report_multiple_bugs=False)

@@ -1,4 +1,5 @@
 """train.py: the whole experiment, tiny, through the command line; its stages; its evaluation's arithmetic."""
+import contextlib
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import random
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -329,3 +331,44 @@ def test_the_loop_leaves_gradients_on_for_its_caller():
     steps = dpo.train(pi, batch, lambda t, b: dpo.dpo(t, b, 1.0), torch.optim.SGD(pi.parameters(), 0.1), [torch.tensor([0])] * 2)
     next(steps)
     assert torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------------------------------------- a GPU is never waited for
+
+def two_steps_on(device: str, may_wait: bool = True, **options) -> tuple[GPT, list[dict]]:
+    """A GPT on the device after two steps of DPO on preferences that are on the CPU, and their records."""
+    torch.manual_seed(0)
+    pi = GPT(GPTConfig(11, 8, 2, 2, 16)).to(device)
+    ids = torch.randint(0, 11, (4, 3, 8))
+    mask = (torch.arange(8) >= 2) & (torch.arange(8) < torch.randint(3, 9, (4, 3, 1)))
+    mask[1, 2] = False                                                  # a prompt with fewer completions
+    pairs = torch.tensor([[p, 0, 1] for p in range(4)] + [[0, 2, 1]])
+    preferences = dpo.Preferences(ids, mask, -mask.float(), pairs, torch.ones(5))
+    optimizer = torch.optim.SGD(pi.parameters(), lr=0.1, momentum=0.9, **options)
+    batches = [torch.tensor([0, 1]), torch.tensor([3, 0])]
+    if not may_wait:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        return pi, list(dpo.train(pi, preferences, partial(dpo.dpo, beta=0.5), optimizer, batches, max_grad_norm=1.0))
+    finally:
+        if not may_wait:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_asks_its_device_nothing(monkeypatch):
+    """On the device `meta` there are shapes and no numbers, so a step that asked for a number, or for a shape that depends on
+    numbers (nonzero's, a mask's), would be an error  =>  on a GPU the host need not wait"""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())       # it knows no meta
+    pi, records = two_steps_on("meta")
+    assert {v.device.type for v in (*records[-1].values(), *(p.grad for p in pi.parameters()))} == {"meta"}
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ones(2, device="meta").nonzero()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_steps_on_a_gpu_are_those_on_a_cpu_and_wait_for_nothing():
+    two_steps_on("cuda", fused=True)                                    # what is loaded and allocated once
+    there, seen = two_steps_on("cuda", may_wait=False, fused=True)
+    here, expected = two_steps_on("cpu", fused=True)
+    for left, right in zip((*seen[-1].values(), *there.parameters()), (*expected[-1].values(), *here.parameters())):
+        torch.testing.assert_close(left.detach().cpu(), right.detach(), atol=1e-4, rtol=1e-4)

@@ -141,8 +141,8 @@ class Bigram(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(logits)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.logits[ids]
+    def forward(self, ids: Tensor, where=...) -> Tensor:
+        return self.logits[ids[where]]
 
 
 END, V, CONTEXT = 2, 3, 4       # tokens 0 and 1, and the end token
