@@ -139,6 +139,7 @@ def write_published(found: dict, folder: Path):
         torch.save(weights, folder / "pytorch_model.bin")
     else:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")       # the library's files are their owner's alone
 
 
 @contextmanager
