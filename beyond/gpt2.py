@@ -56,7 +56,8 @@ def from_published(folder: Path) -> dict:
         config = config_of(json.loads(path.read_bytes()))
     with data.reading(folder, "weights of GPT-2"):
         found, size = read_weights(folder)
-        found = {name.removeprefix("transformer."): w for name, w in found.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+        found = {name.removeprefix("transformer."): w for name, w in found.items()
+                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         if "lm_head.weight" in found and not torch.equal(found.pop("lm_head.weight"), found["wte.weight"]):
             raise ValueError("its lm_head.weight is not its wte.weight, as it is in model.py")
         if config.n_layer > len(found) or sum(w.nbytes for w in found.values()) > size:
@@ -153,7 +154,8 @@ def appearing(out: Path) -> Iterator[Path]:
                 os.fsync(f.fileno())
         os.rename(part, out)
     except Exception as e:          # torch's and safetensors' writers have errors of their own for a full disk
-        raise BadInput(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e}); name one in a folder that has room") from None
+        raise BadInput(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e}); "
+                       "name one in a folder that has room") from None
     finally:
         if part.is_dir():
             shutil.rmtree(part)
@@ -173,9 +175,9 @@ def convert(source: Path, out: Path) -> str:
             torch.save(found, part)
         else:
             write_published(found, part)
-    hint = f"python train.py --init {out}" if published else (
-        "no tokenizer files are written: " + ("it is GPT-2's own" if found["tokens"] is None else "it is this project's, learned from texts"))
-    return f"{out}: {number:,} parameters ({said})\n{hint}"
+    tokenizer = "it is GPT-2's own" if found["tokens"] is None else "it is this project's, learned from texts"
+    then = f"python train.py --init {out}" if published else f"no tokenizer files are written: {tokenizer}"
+    return f"{out}: {number:,} parameters ({said})\n{then}"
 
 
 def main(argv: list[str]) -> int:

@@ -144,7 +144,8 @@ def test_each_published_size_has_our_names_and_shapes_with_the_blocks_matrices_t
 
 # ------------------------------------------------------------------------------------------------ round trips
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=pytest.mark.skipif(not HAS_SAFETENSORS, reason="needs safetensors")), False])
+@pytest.mark.parametrize("library", [
+    pytest.param(True, marks=pytest.mark.skipif(not HAS_SAFETENSORS, reason="wants safetensors")), False])
 def test_round_trips_are_exact_with_the_library_safetensors_and_without(library, tmp_path, monkeypatch):
     """published -> ours -> published and ours -> published -> ours  =>  the same bits, and the same config"""
     if not library:
@@ -193,7 +194,8 @@ def test_a_run_starts_from_the_converted_checkpoint(tmp_path, monkeypatch):
     ranks = {bytes([b]): b for b in range(256)} | {b"\xff\xff" + i.to_bytes(2, "big"): i for i in range(256, V - 1)}
     encoding = data.tiktoken.Encoding("gpt2", pat_str=data.PATTERN, mergeable_ranks=ranks, special_tokens={data.END: V - 1})
     monkeypatch.setattr(data, "gpt2_tokenizer", lambda: encoding)
-    assert gpt2.main([str(publish(tmp_path / "in", w := weights(context=64), TINY | dict(n_positions=64))), str(tmp_path / "c.pt")]) == 0
+    publish(tmp_path / "in", w := weights(context=64), TINY | dict(n_positions=64))
+    assert gpt2.main([str(tmp_path / "in"), str(tmp_path / "c.pt")]) == 0
     pairs = [dict(prompt=f"film {i} is", chosen=" superb", rejected=" dull") for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     flags = ["--init", str(tmp_path / "c.pt"), "--context", "32", "--held-out", "2", "--out", str(tmp_path / "out")]
