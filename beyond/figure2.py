@@ -69,10 +69,13 @@ class Sweep:
                 *(dict(method=name, kl=kl, rate=self.tuning.rate) for name in ("PPO", "PPO-GT") for kl in self.kl)]
 
 
-TOY = Sweep(dict(answers=48), {0.05: 20, 0.1: 12, 0.5: 2.4, 1: 1, 2: 0.42, 5: 0.13}, 1.0, {0.05: 1, 0.1: 1, 0.5: 1, 1: 1},
-            (0.5, 1, 2, 3, 6, 9, 12), Tuning(), (1e-3,), 4, (0.5, 1, 2, 3, 6, 9, 12))
-IMDB = Sweep(train.IMDB | dict(answers=24), {0.05: 42, 0.1: 18, 1: 1, 5: 0.13}, 1.0, {0.05: 1, 0.1: 1, 0.5: 1, 1: 1},
-             (3, 6, 9, 12), Tuning(), (1e-4,), 4, (0.5, 1, 2, 3, 6, 9, 12))
+TOY = Sweep(dict(answers=48), dpo={0.05: 10, 0.1: 6, 0.5: 2.4, 1: 1, 2: 0.42, 5: 0.13}, preferred=0.1,
+            unlikelihood={0.05: 0.1, 0.1: 0.1, 0.5: 0.03, 1: 0.03}, kl=(0.5, 1, 2, 3, 6, 9, 12), tuning=Tuning(),
+            reward_rates=(3e-4, 1e-3, 3e-3), evaluations=4, grid=(0.5, 1, 2, 3, 6, 9, 12))
+IMDB = Sweep(train.IMDB | dict(prompts=8_000, answers=24), dpo={0.05: 42, 0.1: 18, 1: 1, 5: 0.13}, preferred=0.3,
+             unlikelihood={0.05: 0.3, 0.1: 0.3, 0.5: 0.1, 1: 0.02}, kl=(3, 6, 9, 12),
+             tuning=Tuning(iterations=40, minibatches=4, rate=1e-4), reward_rates=(1e-4, 3e-4), evaluations=4,
+             grid=(0.5, 1, 2, 3, 6, 9, 12))
 
 
 # ----------------------------------------------------------------------------- the methods

@@ -162,16 +162,16 @@ def judged(pi_old: GPT, pi_ref: GPT, critic: Scalar, ids: Tensor, mask: Tensor, 
 
 @dataclass(frozen=True)
 class Tuning:
-    """PPO's dials; how they were chosen is told in figure2.py."""
-    iterations: int = 200           # of sampling, each followed by `epochs` passes over what was drawn
+    """PPO's dials; the toy world's; how they were chosen is told in README.md."""
+    iterations: int = 60            # of sampling, each followed by `epochs` passes over what was drawn
     batch: int = 256                # responses an iteration, one for each prompt
-    minibatches: int = 4            # steps in a pass
+    minibatches: int = 2            # steps in a pass
     epochs: int = 2
-    rate: float = 3e-4              # AdamW's peak, of the policy
+    rate: float = 1e-3              # AdamW's peak, of the policy
     critic_rate: float = 1e-3
     lam: float = 0.95
     clip: float = 0.2
-    gain: float = 0.1               # of the controller: beta changes by at most a fifth of it an iteration
+    gain: float = 0.1               # of the controller: beta changes by at most a fifth of it in an iteration
 
 
 def ppo(pi_ref: GPT, critic: Scalar, prompts: list[Ids], reward: Reward, end: int, target_kl: float, tuning: Tuning,
