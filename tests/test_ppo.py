@@ -5,6 +5,7 @@ The model is that of test_enumerated_gpt.py, whose every response can be listed;
 """
 import math
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,16 +16,15 @@ from torch import Tensor
 
 import dpo
 from beyond import ppo
-from beyond.ppo import Scalar, Tuning, gae, last, surrogate, token_rewards, values_of
 from worlds import (CONTEXT, END, PROMPTS, V, assert_same, betas, enumerated, gpt, kl, preferences, responses, rows, seeds, triplets,
                     uniform)
 
 lams = st.integers(0, 10).map(lambda k: k / 10)
 
 
-def critic_of(pi, seed: int) -> Scalar:
+def critic_of(pi, seed: int) -> ppo.Scalar:
     """A critic that says something at every token."""
-    critic = Scalar(pi)
+    critic = ppo.Scalar(pi)
     with torch.no_grad():
         critic.head.weight.copy_(uniform(critic.head.weight.shape, -1.0, 1.0, seed))
     return critic
@@ -46,7 +46,7 @@ def estimated_gradient(pi, pi_ref, critic, x: list[int], r: Tensor, beta: float,
     """The mean, over every response by its probability, of what one response's surrogate says at the old policy."""
     ids, mask = rows(x, responses(x))
     old, advantages, _, _ = ppo.judged(pi, pi_ref, critic, ids, mask, r, beta, lam)
-    each = surrogate(dpo.response_logps(pi, ids, mask), old, advantages, 0.2)
+    each = ppo.surrogate(dpo.response_logps(pi, ids, mask), old, advantages, 0.2)
     return torch.autograd.grad((old.sum(-1).exp() * each).sum(), list(pi.parameters()))
 
 
@@ -56,7 +56,7 @@ def exact_values(pi, pi_ref, x: list[int], r: Tensor, beta: float) -> Tensor:
     ids, mask = rows(x, ys)
     with torch.no_grad():
         old, ref = (dpo.response_logps(model, ids, mask) for model in (pi, pi_ref))
-    to_come = token_rewards(r, old - ref, mask, beta).flip(-1).cumsum(-1).flip(-1)
+    to_come = ppo.token_rewards(r, old - ref, mask, beta).flip(-1).cumsum(-1).flip(-1)
     p, values = old.sum(-1).exp(), torch.zeros_like(old)
     for i, y in enumerate(ys):
         for t in range(len(y)):
@@ -73,9 +73,9 @@ def test_token_rewards_of_a_response_add_up_to_the_objectives_integrand(x):
     pi, pi_ref, r, beta = gpt(0), gpt(1), reward_of(x, 2), 0.7
     ids, mask = rows(x, responses(x))
     old, ref = (dpo.response_logps(model, ids, mask).detach() for model in (pi, pi_ref))
-    each = token_rewards(r, old - ref, mask, beta)
+    each = ppo.token_rewards(r, old - ref, mask, beta)
     assert_same(each.sum(-1), r - beta * (enumerated(pi, x) - enumerated(pi_ref, x)))
-    assert_same(token_rewards(r, 0 * old, mask, beta)[torch.arange(len(r)), [len(x) + len(y) - 1 for y in responses(x)]], r)
+    assert_same(ppo.token_rewards(r, 0 * old, mask, beta)[torch.arange(len(r)), [len(x) + len(y) - 1 for y in responses(x)]], r)
     assert (each[~mask] == 0).all()
 
 
@@ -84,7 +84,7 @@ def test_gae_is_its_definition(seed, lam):
     """A_t = sum_k lam^k delta_{t+k}, delta_t = r_t + V_{t+1} - V_t, V = 0 after the end, by loops"""
     ids, mask = rows([1, 0], responses([1, 0]), length=6)
     rewards, values = (uniform(mask.shape, -1.0, 1.0, seed + k).masked_fill(~mask, 0.0) for k in (0, 1))
-    found = gae(rewards, values, mask, lam)
+    found = ppo.gae(rewards, values, mask, lam)
     for i, y in enumerate(responses([1, 0])):
         first, end = 2, 2 + len(y)
         delta = {t: rewards[i, t] + (values[i, t + 1] if t + 1 < end else 0.0) - values[i, t] for t in range(first, end)}
@@ -98,25 +98,25 @@ def test_gae_at_one_is_what_is_still_to_come_less_the_value(seed):
     ids, mask = rows([0], responses([0]))
     rewards, values = (uniform(mask.shape, -1.0, 1.0, seed + k).masked_fill(~mask, 0.0) for k in (0, 1))
     to_come = rewards.flip(-1).cumsum(-1).flip(-1)
-    assert_same(gae(rewards, values, mask, 1.0), (to_come - values).masked_fill(~mask, 0.0))
+    assert_same(ppo.gae(rewards, values, mask, 1.0), (to_come - values).masked_fill(~mask, 0.0))
 
 
 def test_values_know_what_came_before_alone():
     """V_t is a function of x and y_<t: another y_t, or later token, leaves it alone; and it stands at token t"""
     critic = critic_of(gpt(0), 3)
     ids, mask = rows([0], responses([0]))
-    values = values_of(critic, ids, mask)
+    values = ppo.values_of(critic, ids, mask)
     for t in range(1, CONTEXT):
         other = ids.clone()
         other[:, t:] = (other[:, t:] + 1) % V
-        assert_same(values_of(critic, other, mask)[:, :t + 1].detach(), values[:, :t + 1].detach())
+        assert_same(ppo.values_of(critic, other, mask)[:, :t + 1].detach(), values[:, :t + 1].detach())
     assert_same(values[0, 1].detach(), critic(torch.tensor([[0]]))[0, 0].detach())
 
 
 @pytest.mark.parametrize("x", PROMPTS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_policy_gradient_is_unbiased_whatever_the_critic_says(x, seed):
-    """lam = 1  =>  sum_y pi(y) grad surrogate(y) = grad of E r - beta KL, at pi_theta = pi_old, for any V.  Eq. 3"""
+    """lam = 1  =>  sum_y pi(y) grad ppo.surrogate(y) = grad of E r - beta KL, at pi_theta = pi_old, for any V.  Eq. 3"""
     pi, pi_ref, r = gpt(3 * seed), gpt(3 * seed + 1), reward_of(x, seed)
     estimate = estimated_gradient(pi, pi_ref, critic_of(pi, seed), x, r, 0.6, 1.0)
     for left, right in zip(estimate, exact_gradient(pi, pi_ref, x, r, 0.6)):
@@ -124,15 +124,15 @@ def test_policy_gradient_is_unbiased_whatever_the_critic_says(x, seed):
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95])
-def test_policy_gradient_is_unbiased_at_any_lam_where_the_critic_is_right(lam, monkeypatch):
+def test_policy_gradient_is_unbiased_at_any_lam_where_the_critic_is_right(lam):
     """V exact  =>  the same at every lam; and where it is wrong, lam = 0.5 is biased.  Eq. 3"""
     x, pi, pi_ref = [0], gpt(0), gpt(1)
     r, exact = reward_of(x, 4), exact_gradient(pi, pi_ref, x, reward_of(x, 4), 0.6)
     wrong = estimated_gradient(pi, pi_ref, critic_of(pi, 5), x, r, 0.6, lam)
     assert max((a - b).abs().max() for a, b in zip(wrong, exact)) > 1e-3
-    monkeypatch.setattr(ppo, "values_of", lambda *_: exact_values(pi, pi_ref, x, r, 0.6))
-    for left, right in zip(estimated_gradient(pi, pi_ref, None, x, r, 0.6, lam), exact):
-        assert_same(left, right)
+    with patch.object(ppo, "values_of", lambda *_: exact_values(pi, pi_ref, x, r, 0.6)):
+        for left, right in zip(estimated_gradient(pi, pi_ref, None, x, r, 0.6, lam), exact):
+            assert_same(left, right)
 
 
 def test_surrogates_gradient_at_the_old_policy_is_the_policy_gradient():
@@ -141,7 +141,7 @@ def test_surrogates_gradient_at_the_old_policy_is_the_policy_gradient():
     advantages = uniform(mask.shape, -1.0, 1.0, 7).masked_fill(~mask, 0.0)
     for i in range(len(ids)):
         logps = dpo.response_logps(pi, ids[i:i + 1], mask[i:i + 1])
-        left = torch.autograd.grad(surrogate(logps, logps.detach(), advantages[i:i + 1], 0.2).sum(), list(pi.parameters()),
+        left = torch.autograd.grad(ppo.surrogate(logps, logps.detach(), advantages[i:i + 1], 0.2).sum(), list(pi.parameters()),
                                    retain_graph=True)
         right = torch.autograd.grad((advantages[i:i + 1] * logps).sum(), list(pi.parameters()))
         for a, b in zip(left, right):
@@ -152,7 +152,7 @@ def test_surrogates_gradient_at_the_old_policy_is_the_policy_gradient():
 def test_surrogate_is_never_above_the_unclipped_one_and_stops_at_the_clip(seed):
     """min(rho A, clip(rho) A) <= rho A; no gradient iff rho is beyond the clip on the side that A points to"""
     log_rho, A = uniform((40,), -1.0, 1.0, seed).requires_grad_(), uniform((40,), -1.0, 1.0, seed + 1)
-    each = torch.stack([surrogate(l[None], torch.zeros(1, dtype=l.dtype), a[None], 0.2) for l, a in zip(log_rho, A)])
+    each = torch.stack([ppo.surrogate(l[None], torch.zeros(1, dtype=l.dtype), a[None], 0.2) for l, a in zip(log_rho, A)])
     rho = log_rho.exp()
     assert (each <= rho * A + 1e-12).all()
     grad, = torch.autograd.grad(each.sum(), log_rho)
@@ -173,14 +173,14 @@ def rewarded(x_seed: int = 2):
     return pi_ref, exact, lambda xs, ys: torch.tensor([table[tuple(x), tuple(y)] for x, y in zip(xs, ys)])
 
 
-LONG = Tuning(iterations=80, batch=512, minibatches=2, epochs=2, rate=1e-2, critic_rate=1e-2)
+LONG = ppo.Tuning(iterations=80, batch=512, minibatches=2, epochs=2, rate=1e-2, critic_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
 def trained():
     pi_ref, exact, reward = rewarded()
     before = {name: w.clone() for name, w in pi_ref.state_dict().items()}
-    *_, (pi_theta, seen) = ppo.ppo(pi_ref, Scalar(pi_ref), PROMPTS * 256, reward, END, 1.0, LONG, 0, beta=1.0)
+    *_, (pi_theta, seen) = ppo.ppo(pi_ref, ppo.Scalar(pi_ref), PROMPTS * 256, reward, END, 1.0, LONG, 0, beta=1.0)
     assert all((before[name] == w).all() for name, w in pi_ref.state_dict().items())
     return pi_ref, exact, pi_theta, seen
 
@@ -206,7 +206,7 @@ def test_what_ppo_reports_is_what_enumeration_says(trained):
 def test_the_controller_finds_its_target(target):
     """beta adapted  =>  KL(pi_theta, pi_ref) at the end is the target's, within a fifth"""
     pi_ref, _, reward = rewarded()
-    *_, (pi_theta, _) = ppo.ppo(pi_ref, Scalar(pi_ref), PROMPTS * 128, reward, END, target, replace(LONG, batch=256), 0)
+    *_, (pi_theta, _) = ppo.ppo(pi_ref, ppo.Scalar(pi_ref), PROMPTS * 128, reward, END, target, replace(LONG, batch=256), 0)
     found = sum(kl(enumerated(pi_theta, x), enumerated(pi_ref, x)) for x in PROMPTS) / 2
     assert abs(found - target) < 0.2 * target
 
@@ -214,7 +214,7 @@ def test_the_controller_finds_its_target(target):
 def test_the_same_seed_gives_the_same_policy_and_another_does_not():
     pi_ref, _, reward = rewarded()
     short = replace(LONG, iterations=2, batch=8)
-    a, b, c = (list(ppo.ppo(pi_ref, Scalar(pi_ref), PROMPTS * 8, reward, END, 1.0, short, seed))[-1][0].state_dict() for seed in (1, 1, 2))
+    a, b, c = (list(ppo.ppo(pi_ref, ppo.Scalar(pi_ref), PROMPTS * 8, reward, END, 1.0, short, seed))[-1][0].state_dict() for seed in (1, 1, 2))
     assert all((a[name] == b[name]).all() for name in a) and any((a[name] != c[name]).any() for name in a)
 
 
@@ -222,10 +222,10 @@ def test_the_same_seed_gives_the_same_policy_and_another_does_not():
 
 def test_scalar_model_takes_the_policys_weights_and_starts_at_zero():
     pi = gpt(0)
-    r_phi = Scalar(pi)
+    r_phi = ppo.Scalar(pi)
     assert all((r_phi.state_dict()[name] == w).all() for name, w in pi.state_dict().items())
     assert (r_phi(torch.tensor([[0, 1]])) == 0).all() and r_phi.head.weight.dtype == torch.float64
-    again = Scalar(critic_of(pi, 1))
+    again = ppo.Scalar(critic_of(pi, 1))
     assert (again.head.weight != 0).any()
 
 
@@ -233,7 +233,7 @@ def test_last_is_the_value_at_each_responses_last_token():
     """y of n tokens after x of m  =>  the value at m + n - 1, wherever padding begins"""
     ids, mask = rows([1, 0], responses([1, 0]), length=7)
     values = torch.arange(7.0).expand(len(ids), 7)
-    assert last(values, mask).tolist() == [1.0 + len(y) for y in responses([1, 0])]
+    assert ppo.last(values, mask).tolist() == [1.0 + len(y) for y in responses([1, 0])]
 
 
 def test_reward_loss_is_equation_2():
@@ -269,7 +269,7 @@ def test_a_fitted_reward_orders_pairs_and_is_the_best_that_was_looked_at():
     r_phi, looked = ppo.fit_reward(gpt(0), preferred, (1e-9, 3e-2), 8, 0)
     assert len(looked) == 8 and {one["rate"] for one in looked} == {1e-9, 3e-2}
     assert max(one["accuracy"] for one in looked) >= 0.9 and ppo.accuracy(r_phi, preferred) >= 0.9
-    assert ppo.accuracy(Scalar(gpt(0)), preferred) == pytest.approx(0.5)
+    assert ppo.accuracy(ppo.Scalar(gpt(0)), preferred) == pytest.approx(0.5)
     xs, ys = [t["prompt_ids"] for t in learnable()], [t["chosen_ids"] for t in learnable()]
     better, worse = (ppo.reward_of(r_phi)(xs, [t[name] for t in learnable()]) for name in ("chosen_ids", "rejected_ids"))
     assert (better > worse).double().mean() >= 0.9 and better.shape == (len(ys),) and math.isfinite(better.sum())

@@ -1,5 +1,5 @@
-"""The theorems have teeth: each wrong edit of dpo.py, beyond/losses.py or beyond/pairs.py makes a named theorem fail, and the
-sources as they are do not.
+"""The theorems have teeth: each wrong edit of dpo.py, beyond/losses.py, beyond/pairs.py or beyond/ppo.py makes a named theorem
+fail, and the sources as they are do not.
 
 An edit replaces text that occurs exactly once; the edited source is run as a module of its own, whose names then
 take the place of the module's while the theorem is tried. An edit that no theorem notices would be a missing theorem.
@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 
 import dpo
-from beyond import losses, pairs
+from beyond import losses, pairs, ppo
 
 LOSS, UPCAST = "-F.logsigmoid(r_hat_w - r_hat_l)", "logits = at_least_float32(pi(ids[:, :-1], where=where))"
 PAIRS = "theta[x, w], theta[x, l], ref[x, w], ref[x, l], beta"
@@ -478,9 +478,66 @@ EDITS_OF_PAIRS = {      # the same of beyond/pairs.py
         '("reward_chosen", "reward_rejected")', '("reward_rejected", "reward_chosen")',
         DRAWN + "rewards_find_their_completions_again"),
 }
+CLIMB = "test_ppo.test_"
+EDITS_OF_PPO = {        # the same of beyond/ppo.py
+    "the KL's sign": (
+        "0.0) - beta * log_ratio", "0.0) + beta * log_ratio",
+        CLIMB + "policy_gradient_is_unbiased_at_any_lam_where_the_critic_is_right"),
+    "no KL": (
+        " - beta * log_ratio.masked_fill(~mask, 0.0)", "",
+        CLIMB + "token_rewards_of_a_response_add_up_to_the_objectives_integrand"),
+    "the reward at the first token": (
+        "mask & ~F.pad(mask[:, 1:], (0, 1))", "mask & ~F.pad(mask[:, :-1], (1, 0))",
+        CLIMB + "token_rewards_of_a_response_add_up_to_the_objectives_integrand"),
+    "the reward at every token": (
+        "mask & ~F.pad(mask[:, 1:], (0, 1))", "mask",
+        CLIMB + "token_rewards_of_a_response_add_up_to_the_objectives_integrand"),
+    "the value of the token before": (
+        "F.pad(values[:, 1:], (0, 1)) - values", "F.pad(values[:, :-1], (1, 0)) - values",
+        CLIMB + "gae_is_its_definition"),
+    "no value to come": (
+        "rewards + F.pad(values[:, 1:], (0, 1)) - values", "rewards - values",
+        CLIMB + "gae_is_its_definition"),
+    "lam of the past": (
+        "ahead = ahead[:, None] - ahead", "ahead = ahead - ahead[:, None]",
+        CLIMB + "gae_at_one_is_what_is_still_to_come_less_the_value"),
+    "the surrogate's larger side": (
+        "torch.minimum(rho * advantages", "torch.maximum(rho * advantages",
+        CLIMB + "surrogate_is_never_above_the_unclipped_one_and_stops_at_the_clip"),
+    "nothing clipped": (
+        "rho.clamp(1 - clip, 1 + clip) * advantages", "rho * advantages",
+        CLIMB + "surrogate_is_never_above_the_unclipped_one_and_stops_at_the_clip"),
+    "a mean over tokens": (
+        "rho.clamp(1 - clip, 1 + clip) * advantages).sum(-1)", "rho.clamp(1 - clip, 1 + clip) * advantages).mean(-1)",
+        CLIMB + "surrogates_gradient_at_the_old_policy_is_the_policy_gradient"),
+    "the ratio upside down": (
+        "rho = (pi_theta - pi_old).exp()", "rho = (pi_old - pi_theta).exp()",
+        CLIMB + "surrogates_gradient_at_the_old_policy_is_the_policy_gradient"),
+    "a critic that sees the token": (
+        "F.pad(critic(ids[:, :-1]), (1, 0)).masked_fill", "critic(ids).masked_fill",
+        CLIMB + "values_know_what_came_before_alone"),
+    "advantages without the KL to pi_ref": (
+        "old - ref, mask, beta), values", "old - old, mask, beta), values",
+        CLIMB + "policy_gradient_is_unbiased_whatever_the_critic_says"),
+    "Eq. 2 turned round": (
+        "-F.logsigmoid(margin), ", "-F.logsigmoid(-margin), ",
+        CLIMB + "reward_loss_is_equation_2"),
+    "the reward of the first token": (
+        "(mask * torch.arange(mask.size(-1), device=mask.device)).argmax(-1)", "mask.int().argmax(-1)",
+        CLIMB + "last_is_the_value_at_each_responses_last_token"),
+    "the worst reward model kept": (
+        'looked[-1]["accuracy"] > best[0]', 'looked[-1]["accuracy"] < best[0]',
+        CLIMB + "a_fitted_reward_orders_pairs_and_is_the_best_that_was_looked_at"),
+    "the controller turned round": (
+        "min(max(kl / target_kl - 1, -0.2), 0.2)", "min(max(1 - kl / target_kl, -0.2), 0.2)",
+        CLIMB + "the_controller_finds_its_target"),
+    "a head that begins at random": (
+        "nn.init.zeros_(self.head.weight), ", "",
+        CLIMB + "scalar_model_takes_the_policys_weights_and_starts_at_zero"),
+}
 ALL = {f"{module.__name__}: {what}": (module, *edit) for module, edits in
        ((dpo, EDITS | EDITS_OF_PLACES), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS)) for what, edit in edits.items()}
-SOURCES = {module: Path(module.__file__).read_text(encoding="utf-8") for module in (dpo, losses, pairs)}
+SOURCES = {module: Path(module.__file__).read_text(encoding="utf-8") for module in (dpo, losses, pairs, ppo)}
 FEW = hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate], deadline=None, derandomize=True,
                           database=None, report_multiple_bugs=False)
 
@@ -507,9 +564,9 @@ def try_theorem(name: str, monkeypatch):
 
 
 def test_there_are_edits_enough():
-    """At least 25 edits of dpo.py, 20 of losses.py and 10 of pairs.py, each of text that the file has exactly once, and no two
+    """At least 25 edits of dpo.py, 20 of losses.py, 10 of pairs.py and 10 of ppo.py, each of text that the file has exactly once, and no two
     alike"""
-    assert len(EDITS) >= 25 and len(EDITS_OF_LOSSES) >= 20 and len(EDITS_OF_PAIRS) >= 10
+    assert len(EDITS) >= 25 and len(EDITS_OF_LOSSES) >= 20 and len(EDITS_OF_PAIRS) >= 10 and len(EDITS_OF_PPO) >= 10
     assert len({(module, old, new) for module, old, new, _ in ALL.values()}) == len(ALL)
     assert [what for what, (module, old, new, _) in ALL.items() if SOURCES[module].count(old) != 1 or old == new] == []
 
