@@ -5,7 +5,6 @@ The model is that of test_enumerated_gpt.py, whose every response can be listed;
 """
 import math
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -114,13 +113,13 @@ def test_values_know_what_came_before_alone():
 
 
 @pytest.mark.parametrize("x", PROMPTS)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_policy_gradient_is_unbiased_whatever_the_critic_says(x, seed):
-    """lam = 1  =>  sum_y pi(y) grad ppo.surrogate(y) = grad of E r - beta KL, at pi_theta = pi_old, for any V.  Eq. 3"""
-    pi, pi_ref, r = gpt(3 * seed), gpt(3 * seed + 1), reward_of(x, seed)
-    estimate = estimated_gradient(pi, pi_ref, critic_of(pi, seed), x, r, 0.6, 1.0)
-    for left, right in zip(estimate, exact_gradient(pi, pi_ref, x, r, 0.6)):
-        assert_same(left, right)
+def test_policy_gradient_is_unbiased_whatever_the_critic_says(x):
+    """lam = 1  =>  sum_y pi(y) grad surrogate(y) = grad of E r - beta KL, at pi_theta = pi_old, for any V.  Eq. 3"""
+    for seed in range(3):
+        pi, pi_ref, r = gpt(3 * seed), gpt(3 * seed + 1), reward_of(x, seed)
+        estimate = estimated_gradient(pi, pi_ref, critic_of(pi, seed), x, r, 0.6, 1.0)
+        for left, right in zip(estimate, exact_gradient(pi, pi_ref, x, r, 0.6)):
+            assert_same(left, right)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95])
@@ -130,9 +129,10 @@ def test_policy_gradient_is_unbiased_at_any_lam_where_the_critic_is_right(lam):
     r, exact = reward_of(x, 4), exact_gradient(pi, pi_ref, x, reward_of(x, 4), 0.6)
     wrong = estimated_gradient(pi, pi_ref, critic_of(pi, 5), x, r, 0.6, lam)
     assert max((a - b).abs().max() for a, b in zip(wrong, exact)) > 1e-3
-    with patch.object(ppo, "values_of", lambda *_: exact_values(pi, pi_ref, x, r, 0.6)):
-        for left, right in zip(estimated_gradient(pi, pi_ref, None, x, r, 0.6, lam), exact):
-            assert_same(left, right)
+    values = exact_values(pi, pi_ref, x, r, 0.6)
+    right = estimated_gradient(pi, pi_ref, lambda ids: values[:, 1:], x, r, 0.6, lam)
+    for a, b in zip(right, exact):
+        assert_same(a, b)
 
 
 def test_surrogates_gradient_at_the_old_policy_is_the_policy_gradient():
@@ -266,8 +266,8 @@ def learnable(P: int = 80) -> list[dict]:
 def test_a_fitted_reward_orders_pairs_and_is_the_best_that_was_looked_at():
     """A reward that can be learned  =>  learned; of all that was looked at, the most accurate is kept"""
     preferred = preferences(learnable(), gpt(0))
-    r_phi, looked = ppo.fit_reward(gpt(0), preferred, (1e-9, 3e-2), 8, 0)
-    assert len(looked) == 8 and {one["rate"] for one in looked} == {1e-9, 3e-2}
+    r_phi, looked = ppo.fit_reward(gpt(0), preferred, (30.0, 3e-2), 8, 0)
+    assert len(looked) == 8 and {one["rate"] for one in looked} == {30.0, 3e-2}
     assert max(one["accuracy"] for one in looked) >= 0.9 and ppo.accuracy(r_phi, preferred) >= 0.9
     assert ppo.accuracy(ppo.Scalar(gpt(0)), preferred) == pytest.approx(0.5)
     xs, ys = [t["prompt_ids"] for t in learnable()], [t["chosen_ids"] for t in learnable()]

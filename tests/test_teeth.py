@@ -536,7 +536,7 @@ EDITS_OF_PPO = {        # the same of beyond/ppo.py
         CLIMB + "scalar_model_takes_the_policys_weights_and_starts_at_zero"),
 }
 ALL = {f"{module.__name__}: {what}": (module, *edit) for module, edits in
-       ((dpo, EDITS | EDITS_OF_PLACES), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS)) for what, edit in edits.items()}
+       ((dpo, EDITS | EDITS_OF_PLACES), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS), (ppo, EDITS_OF_PPO)) for what, edit in edits.items()}
 SOURCES = {module: Path(module.__file__).read_text(encoding="utf-8") for module in (dpo, losses, pairs, ppo)}
 FEW = hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate], deadline=None, derandomize=True,
                           database=None, report_multiple_bugs=False)
