@@ -43,7 +43,7 @@ class Group:
                                            env=env | dict(RANK=str(r), LOCAL_RANK=str(r)))
                           for r, (out, err) in enumerate(self.files)]
 
-    def end(self, seconds: float = 60) -> tuple[list[int], str, str]:
+    def end(self, seconds: float = 240) -> tuple[list[int], str, str]:
         """Exit codes, and what all said; those that hang are killed, and the test fails."""
         end = time.monotonic() + seconds
         while any(p.poll() is None for p in self.processes) and time.monotonic() < end:
@@ -143,7 +143,7 @@ def seen(tmp_path_factory) -> dict[int, list[dict]]:
     folder = tmp_path_factory.mktemp("seen")
     groups = {N: Group(N, "-c", "import sys, test_distributed; test_distributed.work(sys.argv[1])", folder) for N in (1, 2, 3)}
     for group in groups.values():
-        codes, _, err = group.end(100)
+        codes, _, err = group.end()
         assert not any(codes), err
     return {N: [torch.load(folder / f"{N}-{rank}.pt") for rank in range(N)] for N in groups}
 
@@ -300,7 +300,7 @@ def driver(folder: Path, more: str = "") -> Path:
 
 def torchrun(*argv: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, argv)],
-                          capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=120)
+                          capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=240)
 
 
 def results(out: Path) -> dict:
@@ -375,7 +375,7 @@ def test_interrupted_and_run_again_the_results_are_those_of_an_undisturbed_run(n
         time.sleep(0.05)
     for process in group.processes[:1 if number == signal.SIGKILL else 2]:
         process.send_signal(number)
-    codes, out, err = group.end(50)
+    codes, out, err = group.end()
     if number == signal.SIGINT:
         assert codes == [130, 130] and err.count("distributed.py: interrupted") == 1 and "Traceback" not in err
     codes, *_ = Group(2, driver(tmp_path), *TINY, "--out", tmp_path / "out").end()
@@ -420,7 +420,7 @@ dpo.train = fails
 ])
 def test_when_one_process_fails_the_others_end_and_one_line_says_why(rank, how, codes, says, tmp_path):
     path = driver(tmp_path, FAILS.format(rank=rank, how=how))
-    found, _, err = Group(2, path, *TINY, "--out", tmp_path / "out").end(60)
+    found, _, err = Group(2, path, *TINY, "--out", tmp_path / "out").end()
     assert found == codes and err.count("distributed.py: ") == bool(says) and says in err and "Traceback" not in err
 
 
