@@ -369,7 +369,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_and_run_again_the_results_are_those_of_an_undisturbed_run(number, undisturbed, tmp_path):
-    waits = driver(tmp_path, "train.evaluate = lambda *args: time.sleep(30)")
+    waits = driver(tmp_path, "train.evaluate = lambda *_: time.sleep(60) if os.environ['RANK'] == '0' else distributed.dist.barrier()")
     group = Group(2, waits, *TINY, "--out", tmp_path / "out")
     while not (tmp_path / "out" / "dpo-1.0.pt").exists() and group.processes[0].poll() is None:
         time.sleep(0.05)
