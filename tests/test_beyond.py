@@ -3,7 +3,7 @@ import json
 import re
 from pathlib import Path
 
-from beyond import compare, mend
+from beyond import compare, mend, scale
 
 HERE = Path(compare.__file__).parent
 RESULTS = HERE.parent / "results"
@@ -46,6 +46,12 @@ def test_two_sentences_under_each_figure_quote_its_results():
 def test_quoted_seconds_are_those_of_the_runs():
     """The seconds of the stages  =>  the README's, seed by seed"""
     assert ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in RUNS) + " s" in README
+
+
+def test_the_tables_of_what_a_step_costs_are_printed_by_the_formulas():
+    """python -m beyond.scale  =>  the README's tables, whole"""
+    for table in scale.tables().split("\n\n"):
+        assert table in README
 
 
 def test_every_file_that_the_readme_names_is_there():
