@@ -26,10 +26,10 @@ class GPTConfig:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, start: int, fused: bool) -> Tensor:
     """softmax(q k' / sqrt(hs)) v, each query seeing the keys up to its own place: q (B, nh, T, hs) at places start, start + 1,
-    ...; k and v (B, nh, start + T, hs). Written out it is faster on a CPU at these lengths, `fused` is so on a GPU."""
+    ...; k and v (B, nh, S, hs). Written out it is faster on a CPU at these lengths, `fused` is so on a GPU."""
     T, S = q.size(-2), k.size(-2)
-    if fused and (start == 0 or T == 1):                                                    # then no mask has to be made
-        return F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+    if fused and T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                                # (B, nh, T, S)
     future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)                # 0 on what was seen
     return (scores + future).softmax(-1).to(v.dtype) @ v                                    # softmax is in float32
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                # (B, nh, T, hs) each
         if cache is not None:                                                               # (2, B, nh, context, hs)
             cache[:, :, :, start:start + T] = torch.stack((k, v))
-            k, v = cache[:, :, :, :start + T]                                               # (B, nh, S, hs) each
+            k, v = cache                                        # whole, since a slice would be copied for each product
         y = attend(q, k, v, start, fused=x.is_cuda)                                         # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -110,9 +110,9 @@ class GPT(nn.Module):
             return self.ln_f(x)
 
     def new_cache(self, B: int) -> Tensor:
-        """Room for the keys and values of B sequences: (n_layer, 2, B, nh, context, hs)."""
+        """Room for the keys and values of B sequences, zeros so far: (n_layer, 2, B, nh, context, hs)."""
         c = self.config
-        return self.wte.weight.new_empty((c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head),
+        return self.wte.weight.new_zeros((c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head),
                                          dtype=torch.bfloat16 if self.bf16 else None)
 
 

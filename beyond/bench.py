@@ -21,6 +21,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
 import random
 import statistics
@@ -55,7 +56,7 @@ class Size:
     n_head: int = 4
     n_embd: int = 128
     pairs: int = 96                 # in a step; a multiple of six
-    sampled: int = 512              # rows that are sampled at once
+    sampled: int = 1024             # rows that are sampled at once, as by train.draw
     matrix: int = 1024              # the product whose rate is 100%: three square matrices fit in a core's share of cache
 
 
@@ -97,10 +98,15 @@ def flops(size: Size, mask: Tensor) -> float:
 
 
 def gpts(size: Size) -> tuple[GPT, GPT]:
-    """pi_theta and pi_ref, which differ, so that the loss is not ln 2."""
+    """pi_theta and pi_ref, which differ, so that the loss is not ln 2. Both end a response after about 5/8 of the context, as
+    those do that have learned from reviews: one dimension is given to the end token alone."""
     config = GPTConfig(size.vocab_size, size.context, size.n_layer, size.n_head, size.n_embd)
     torch.manual_seed(0)
-    return GPT(config), GPT(config).requires_grad_(False)
+    both = GPT(config).requires_grad_(False), GPT(config).requires_grad_(False)
+    for pi in both:
+        pi.ln_f.weight[0], pi.ln_f.bias[0], pi.wte.weight[:, 0] = 0.0, 1.0, 0.0
+        pi.wte.weight[-1, 0] = math.log(size.vocab_size / (5 * size.context / 8))
+    return both[0].requires_grad_(True), both[1]
 
 
 # ----------------------------------------------------------------------------- here
