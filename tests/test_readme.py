@@ -80,3 +80,9 @@ def test_the_second_judge_agrees_with_the_reward():
 def test_as_many_wrong_edits_are_caught_as_the_readme_says():
     from test_teeth import EDITS
     assert f"{len(EDITS)} wrong edits" in README
+
+
+def test_every_test_that_the_readme_names_exists():
+    defined = {name for path in ROOT.glob("tests/test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)}
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert named and named <= defined, named - defined

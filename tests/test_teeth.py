@@ -244,9 +244,7 @@ EDITS = {   # what is wrong: the text of dpo.py, what takes its place, the theor
     "log pi(y_l) recorded as log pi(y_w)": (
         "pi_theta_w=pi.sum(-1)[x, w]", "pi_theta_w=pi.sum(-1)[x, l]",
         LOOP + "records_are_means_over_pairs_by_weight"),
-}
-
-EDITS_OF_PLACES = {     # the same of what moves tokens, logits and scores to where they belong
+    # tokens, logits and scores, moved to where they belong
     "scores one to the left of their tokens": (
         PUT, PUT.replace("(1, 0)", "(0, 1)"),
         GPT + "tokens_outside_the_mask_score_zero"),
@@ -536,7 +534,7 @@ EDITS_OF_PPO = {        # the same of beyond/ppo.py
         CLIMB + "scalar_model_takes_the_policys_weights_and_starts_at_zero"),
 }
 ALL = {f"{module.__name__}: {what}": (module, *edit) for module, edits in
-       ((dpo, EDITS | EDITS_OF_PLACES), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS), (ppo, EDITS_OF_PPO)) for what, edit in edits.items()}
+       ((dpo, EDITS), (losses, EDITS_OF_LOSSES), (pairs, EDITS_OF_PAIRS), (ppo, EDITS_OF_PPO)) for what, edit in edits.items()}
 SOURCES = {module: Path(module.__file__).read_text(encoding="utf-8") for module in (dpo, losses, pairs, ppo)}
 FEW = hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate], deadline=None, derandomize=True,
                           database=None, report_multiple_bugs=False)
