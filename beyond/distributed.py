@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -267,7 +268,7 @@ def experiment(args, settings: Settings):
 
 
 def explain(e: BaseException, args) -> int:
-    """One line about what went wrong, and the exit code; what is no fault of the user's is raised again."""
+    """One line about what went wrong, or all that is known where it is a mistake of the program's; the exit code."""
     said = " ".join(str(e).split())[:500]
     if isinstance(e, KeyboardInterrupt):
         said, code = f"interrupted; the stages that ended are kept in {args.out}, run again to go on", 130
@@ -276,7 +277,8 @@ def explain(e: BaseException, args) -> int:
     elif isinstance(e, (BadInput, OSError, MemoryError)) or isinstance(e, RuntimeError) and re.search("alloc|out of memory", said):
         said, code = said or "out of memory", 2
     else:
-        raise e
+        traceback.print_exception(e)
+        return 1
     print(f"distributed.py: {said}", file=sys.stderr, flush=True)
     return code
 
@@ -298,10 +300,14 @@ def main(argv: list[str]) -> int:
             experiment(args, settings)
     except (Exception, KeyboardInterrupt) as e:
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # torchrun sends one more than the terminal
-        with contextlib.suppress(RuntimeError):         # the store is gone with rank 0, which failed first then
+        code = 130 if isinstance(e, KeyboardInterrupt) else 2
+        with contextlib.suppress(dist.DistError):       # the store is gone with rank 0, which failed first then
             if store.add("failures", 1) == 1:
-                return explain(e, args)
-        return 130 if isinstance(e, KeyboardInterrupt) else 2
+                code = explain(e, args)
+        if dist.get_world_size() > 1:                   # at once: taking leave of a broken group may abort
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        return code
     finally:
         dist.destroy_process_group()
     return 0

@@ -24,7 +24,8 @@ from model import GPT, GPTConfig
 
 ROOT = Path(train.__file__).parent
 TINY = "--reviews 300 --steps 8 --prompts 24 --held-out 4 --samples 64 --batch 8 --beta 1".split()
-ENV = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+ENV = os.environ | dict(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR",     # torch warns of a store that is gone
+                        PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
 
 
 def free_port() -> int:
@@ -422,6 +423,12 @@ def test_when_one_process_fails_the_others_end_and_one_line_says_why(rank, how, 
     path = driver(tmp_path, FAILS.format(rank=rank, how=how))
     found, _, err = Group(2, path, *TINY, "--out", tmp_path / "out").end()
     assert found == codes and err.count("distributed.py: ") == bool(says) and says in err and "Traceback" not in err
+
+
+def test_a_mistake_of_the_program_is_told_once_and_whole(tmp_path):
+    path = driver(tmp_path, FAILS.format(rank=1, how="raise RuntimeError('shapes differ')"))
+    codes, _, err = Group(2, path, *TINY, "--out", tmp_path / "out").end()
+    assert codes == [2, 1] and err.count("Traceback") == 1 and "RuntimeError: shapes differ" in err
 
 
 @pytest.mark.parametrize("flags", ["--size huge", "--micro-batc 1", "--micro-batch 0", "--checkpoint-activations 1"])
