@@ -224,9 +224,10 @@ LOOK = {"DPO": ("o", train.THETA), "PPO-GT": ("^", "0.1"), "PPO": ("s", "#7b5aa6
 
 
 def draw_figure(results: dict, title: str) -> bytes:
-    """A PNG. Left: every evaluation, large at a run's end; each method's frontier; the optimum behind. Right: reward against
-    what it cost, each line a run."""
+    """A PNG. Left: every evaluation, large at a run's end; each method's frontier; the optimum behind; KL on a scale of square
+    roots, on which the optimum begins as a straight line. Right: reward against what it cost, each line a run."""
     fig, _ = new_figure(12, 6.2)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter      # once new_figure has said where its cache is
     fig.clear()
     grid = fig.add_gridspec(2, 2, width_ratios=(1.9, 1))
     ax, by_seconds, by_samples = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
@@ -242,20 +243,26 @@ def draw_figure(results: dict, title: str) -> bytes:
             some = [p for p in own if p["last"] == last]
             ax.plot([p["kl"] for p in some], [p["reward"] for p in some], marker, color=color, ms=size, alpha=alpha, mec="white",
                     mew=0.5, label=method if last else None)
-        ax.plot(*hull([(0, r_ref), *((p["kl"], p["reward"]) for p in own)]), "-", color=color, lw=1)
+        xs, ys = hull([(0, r_ref), *((p["kl"], p["reward"]) for p in own)])
+        dense = np.linspace(0, np.sqrt(xs[-1]), 200) ** 2
+        ax.plot(dense, np.interp(dense, xs, ys), "-", color=color, lw=1)
         for run in dict.fromkeys(p["run"] for p in own):
             line = [p for p in own if p["run"] == run]
             for small, what in ((by_seconds, "seconds"), (by_samples, "samples")):
                 small.plot([p[what] for p in line], [p["reward"] for p in line], marker + "-", color=color, ms=3, lw=0.8, alpha=0.8)
     ax.plot(0, r_ref, "D", color=train.REF, ms=8, label=r"$\pi_\mathrm{ref}$")
-    right = 1.05 * max(p["kl"] for p in points if p["method"] in ("DPO", "PPO", "PPO-GT") or p["kl"] < 20)
+    right = 1.2 * results["grid"][-1]
     rewards = [r_ref, *(p["reward"] for p in points if p["kl"] < right)]
-    ax.set(xlim=(-0.03 * right, right), ylim=(min(rewards) - 0.1, 1.05 * max(rewards) + 0.1), title=title,
-           xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response", ylabel="mean true reward, nats")
+    ax.set_xscale("function", functions=(np.sqrt, np.square))
+    ax.set(xlim=(0, right), ylim=(min(rewards) - 0.1, 1.05 * max(rewards) + 0.1), title=title, xticks=(0, 0.1, *results["grid"]),
+           xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response, square roots", ylabel="mean true reward, nats")
     for small, what in ((by_seconds, "seconds of drawing, scoring and training"), (by_samples, "responses drawn")):
         small.axhline(r_ref, color=train.REF, lw=1)
         small.set(xscale="log", xlabel=what, ylabel="reward", ylim=ax.get_ylim())
-    ax.legend(loc="lower right", frameon=False, fontsize="small")
+        small.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        small.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        small.xaxis.set_minor_formatter(NullFormatter())
+    ax.legend(loc="upper left", frameon=False, fontsize="small")
     return png(fig)
 
 

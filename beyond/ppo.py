@@ -16,7 +16,7 @@ Departures, from Ziegler et al. (Z) and from Ouyang et al. (O):
     the KL of a policy on its way says little about beta; then it is adapted as in Z, three times as fast. (O: fixed.)
   - The reward is made mean 0 and deviation 1 over pi_ref's completions (Z: the same, of the reward model; O: mean 0).
   - A response ends with the end token or where the context is full, and is judged as it is. (Z: a fixed length, and a penalty where
-    no sentence ends.) Sampling is at temperature 1, gamma is 1. (Z: 0.7 in one task; O: the same as here.)
+    no sentence ends.) Sampling is at temperature 1 (Z: lower), gamma is 1.
   - No mixing with the fine-tuning loss (O: "PPO-ptx"), no dropout, gradients clipped at norm 1.
 """
 import copy

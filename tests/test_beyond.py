@@ -1,9 +1,12 @@
 """beyond/README.md's numbers are those of results/, and what it names is there."""
+import dataclasses
 import json
 import re
 from pathlib import Path
 
-from beyond import compare, mend, scale
+import pytest
+
+from beyond import compare, figure2, mend, scale
 
 HERE = Path(compare.__file__).parent
 RESULTS = HERE.parent / "results"
@@ -57,3 +60,21 @@ def test_the_tables_of_what_a_step_costs_are_printed_by_the_formulas():
 def test_every_file_that_the_readme_names_is_there():
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (HERE / name).exists(), name
+
+
+@pytest.mark.parametrize("folders", [["figure2-0", "figure2-1", "figure2-2"], ["figure2-imdb-0"]])
+def test_the_paper_s_claims_are_the_summary_of_the_results(folders):
+    """figure2 --summary  =>  the README's tables of frontiers and claims, whole; and the results are of the sweep that is here"""
+    runs = [figure2.read_results(RESULTS / folder) for folder in folders]
+    assert all(table in README for table in figure2.summary(runs).split("\n\n"))
+    assert [run["config"]["seed"] for run in runs] == [*range(len(runs))]
+    for run in runs:
+        sweep = figure2.IMDB if run["config"]["data"] == "imdb" else figure2.TOY
+        assert run["runs"] == sweep.runs() and run["tuning"] == dataclasses.asdict(sweep.tuning)
+
+
+def test_ppo_with_the_true_reward_is_within_a_tenth_of_the_optimum_in_the_results():
+    """PPO-GT at target KL 0.5, 1 and 2, toy  =>  at least 0.9 of the optimal gain at its KL, each seed: a PPO that works"""
+    for seed in range(3):
+        ends = {p["run"]: p for p in figure2.read_results(RESULTS / f"figure2-{seed}")["points"] if p["last"]}
+        assert all(ends[f"PPO-GT, kl {kl}"]["fraction_of_optimal"] >= 0.9 for kl in ("0.5", "1", "2"))

@@ -125,6 +125,11 @@ def test_finished_points_are_kept(out, small, capsys):
     assert results(out)["points"] == was["points"]
 
 
+def test_the_papers_labels_can_be_had(small, tmp_path):
+    assert figure2.main([*TINY, "--labels", "argmax", "--methods", "DPO", "--out", str(tmp_path)]) == 0
+    assert results(tmp_path)["config"]["labels"] == "argmax" and {p["method"] for p in results(tmp_path)["points"]} == {"DPO"}
+
+
 def test_the_paper_has_these_sweeps():
     for sweep in (WHOLE, figure2.IMDB):
         assert {0.05, 0.1, 1, 5} <= set(sweep.dpo) and {3, 6, 9, 12} <= set(sweep.kl)
