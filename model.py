@@ -144,7 +144,7 @@ def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0
     new = ids[:, :start]
     for t in range(start, context):
         logits = pi(new, cache, t - new.size(1))[:, -1].float()                             # (rows, V)
-        cdf = (logits / temperature).softmax(-1).cumsum(-1)     # inverting it is far faster than torch.multinomial
+        cdf = logits.div_(temperature).softmax(-1).cumsum(-1)   # inverting it is far faster than torch.multinomial
         u = torch.rand(len(rows), 1, generator=generator, device=device) * cdf[:, -1:]
         y_t = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.size(1) - 1)
         y_t = torch.where((t < length[rows]) | ended, ids[rows, t], y_t)
@@ -153,7 +153,7 @@ def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0
         done = 0 if t % every else int(ended.sum())
         if done == len(rows):
             break
-        if done > len(rows) // 4:                               # finished rows leave; not at once, since copies cost
+        if done > len(rows) // 6:                               # finished rows leave; not at once, since copies cost
             rows, cache, y_t, ended = rows[~ended], cache[:, :, ~ended], y_t[~ended], ended[~ended]
         new = y_t[:, None]
     responses = [row[len(x):] for row, x in zip(ids.tolist(), prompts)]

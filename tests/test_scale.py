@@ -15,6 +15,7 @@ from model import GPT, GPTConfig
 
 SMALL = GPTConfig(vocab_size=300, context=40, n_layer=3, n_head=4, n_embd=32)
 B, T = 6, 40
+IDS = 5 * 8 * B * T          # ids, targets and the places of the logits, which the formulas leave out: nothing at any real size
 
 
 def small(checkpointing: bool = False) -> GPT:
@@ -71,14 +72,14 @@ def kept(pi: GPT) -> int:
 
 def test_activations_are_those_that_autograd_keeps():
     """Tensors that a real forward pass saves  =>  the formula within 2 %; of the logits it keeps a third of their peak"""
-    formula = B * (scale.activations(SMALL, T) + scale.logits(SMALL, T) / 3)
+    formula = B * (scale.activations(SMALL, T) + scale.logits(SMALL, T) / 3) + IDS
     assert kept(small()) == pytest.approx(formula, rel=0.02)
 
 
 def test_with_checkpointing_only_the_blocks_inputs_are_kept():
     """A real forward pass with checkpointed blocks  =>  the formula less the one block that is made again, within 2 %"""
     one_block = scale.block_activations(SMALL, T)
-    formula = B * (scale.activations(SMALL, T, checkpointing=True) - one_block + scale.logits(SMALL, T) / 3)
+    formula = B * (scale.activations(SMALL, T, checkpointing=True) - one_block + scale.logits(SMALL, T) / 3) + IDS
     assert kept(small(checkpointing=True)) == pytest.approx(formula, rel=0.02)
 
 
