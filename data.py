@@ -1,4 +1,4 @@
-"""Film reviews, a tokenizer learned from them, their true reward r*, and the preferences it makes.
+"""Film reviews, their true reward r*, prompts from them, and the preferences it makes.
 
 Two worlds. *toy*: a seeded grammar writes the reviews, and r* is exact: the sum of the weights that the grammar gives to
 its words. *imdb*: the Large Movie Review Dataset (Maas et al. 2011), and r* is the logit of a sentiment classifier trained
@@ -8,24 +8,17 @@ r*(x, y_1) - r*(x, y_2) is the log-odds that y_1 is preferred (Eq. 1).
 What this file does not do: touch a GPT. It knows text, ids and numbers.
 """
 import gzip
-import hashlib
-import heapq
-import http.client
 import json
 import math
-import os
 import random
 import re
 import tarfile
-import urllib.request
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import tiktoken
@@ -34,39 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-
-class BadInput(Exception):
-    """Something the user gave cannot be used; the message says what and what to do about it."""
-
-
-@contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """The door through which every file is read: whatever a missing or damaged one raises becomes a BadInput naming it."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as e:          # there is no list of what a parser may raise on bytes that somebody made up
-        raise BadInput(f"{path}: cannot be read as {what} ({str(e) or type(e).__name__})") from None
-
-
-def write(path: Path, content: bytes):
-    """A file that appears whole or not at all, whatever happens meanwhile: temporary name, fsync, rename. Errors: BadInput."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-        if os.name == "posix":                  # the new name, too, must outlast a loss of power
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); what was there is kept") from None
-    finally:
-        part.unlink(missing_ok=True)
+from kit.files import BadInput, Bounded, cache, download_imdb, pack, reading, write
+from kit.tokens import tokens_of
 
 
 # ----------------------------------------------------------------------------- the toy world: a grammar of film reviews
@@ -112,61 +74,8 @@ def toy_reward(texts: list[str]) -> Tensor:
 
 # ----------------------------------------------------------------------------- the real world: IMDb
 
-ARCHIVE = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-ARCHIVE_BYTES, ARCHIVE_MD5 = 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
+
 MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt$")
-
-
-def cache() -> Path:
-    """The folder of what is downloaded, which the environment variable DPO_CACHE can move."""
-    return Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo")
-
-
-def download_imdb(folder: Path) -> Path:
-    """Fetch the archive once: to a temporary name, checked, then renamed. Errors: BadInput (no network, wrong bytes)."""
-    path = folder / "aclImdb_v1.tar.gz"
-    if path.exists():
-        if (path.stat().st_size, hashlib.md5(path.read_bytes()).hexdigest()) != (ARCHIVE_BYTES, ARCHIVE_MD5):
-            raise BadInput(f"{path}: is not the archive that was downloaded; delete it, and it is fetched again")
-        return path
-    print(f"downloading {ARCHIVE} ({ARCHIVE_BYTES / 1e6:.0f} MB) into {folder}")
-    part = folder / f"{path.name}.{os.getpid()}.part"
-    size, md5 = 0, hashlib.md5()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(ARCHIVE, timeout=60) as source, open(part, "wb") as f, \
-                tqdm(total=ARCHIVE_BYTES, unit="B", unit_scale=True, desc="downloading") as bar:
-            if not source.geturl().startswith("https://"):
-                raise OSError(f"it is redirected to {source.geturl()}, which is not https")
-            while size <= ARCHIVE_BYTES and (block := source.read(1 << 16)):
-                f.write(block)
-                md5.update(block)
-                size += len(block)
-                bar.update(len(block))
-            if (size, md5.hexdigest()) != (ARCHIVE_BYTES, ARCHIVE_MD5):
-                raise OSError("what arrived is not the archive: its size or md5 differs")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, http.client.HTTPException) as e:
-        raise BadInput(f"{ARCHIVE} could not be downloaded ({e}); try again, or name a copy of it with --imdb PATH") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-class Bounded:
-    """A file that gives no more than `limit` bytes: a small archive can unpack to any size."""
-
-    def __init__(self, file: BinaryIO, limit: int):
-        self.file, self.left = file, limit
-
-    def read(self, n: int) -> bytes:
-        block = self.file.read(n)
-        self.left -= len(block)
-        if self.left < 0:
-            raise OSError("it unpacks to far more than the reviews of IMDb")
-        return block
 
 
 def read_imdb(path: Path) -> dict[str, list[str]]:
@@ -264,89 +173,7 @@ class Sentiment:
         return F.embedding_bag(ids, self.weight, offsets, mode="sum", per_sample_weights=share).squeeze(1) + self.bias
 
 
-# ----------------------------------------------------------------------------- byte-level BPE, run by tiktoken
-
 # Words keep their space, as GPT-2's do. No piece is longer than 40 characters, since learning from one takes the square of it.
-PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]{1,40}| ?\d{1,40}| ?(?:[^\s\w]|_){1,40}|\s{1,40}(?!\S)|\s{1,40}"
-END = "<|endoftext|>"
-
-
-def learn_tokenizer(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
-    """Byte-level BPE with at most vocab_size tokens, the end token last: the most frequent neighbouring pair becomes a
-    token, again and again. Pairs are counted over distinct words, and a heap remembers counts that may be out of date:
-    a popped count that is no longer true is put back corrected.
-
-    Errors: BadInput if vocab_size has no room for the 256 bytes and the end token.
-    """
-    if vocab_size < 257:
-        raise BadInput(f"a vocabulary of {vocab_size} is smaller than the 256 bytes and the end token: give at least 257")
-    counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
-    words, times = [list(word.encode()) for word in counts], list(counts.values())      # a word is a list of token ids
-    tokens = [bytes([b]) for b in range(256)]
-    ids = {token: i for i, token in enumerate(tokens)}
-    pairs, where = Counter(), defaultdict(set)          # how often a pair occurs, and in which words
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += times[i]
-            where[pair].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
-    while heap and len(tokens) < vocab_size - 1:
-        n, pair = heapq.heappop(heap)
-        if -n != pairs[pair]:
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        a, b = pair
-        if (joined := tokens[a] + tokens[b]) not in ids:
-            ids[joined] = len(tokens)
-            tokens.append(joined)
-        c, born = ids[joined], set()
-        for i in where.pop(pair):
-            word, k = words[i], 0
-            while k < len(word) - 1:
-                if word[k] == a and word[k + 1] == b:
-                    left = [((y, a), (y, c)) for y in word[max(0, k - 1):k]]          # the pairs that end and begin here
-                    right = [((b, y), (c, y)) for y in word[k + 2:k + 3]]
-                    for before, after in left + right:
-                        pairs[before] -= times[i]
-                        pairs[after] += times[i]
-                        where[after].add(i)
-                        born.add(after)
-                    word[k:k + 2] = [c]
-                k += 1
-        del pairs[pair]
-        for pair in born:
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
-    return tokenizer_of(tokens)
-
-
-@lru_cache(maxsize=None)
-def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's encoding, which tiktoken downloads once. Errors: BadInput without a network or a copy of it."""
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache()))
-    print("loading GPT-2's encoding, which tiktoken downloads if it is not in", os.environ["TIKTOKEN_CACHE_DIR"])
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as e:
-        raise BadInput(f"tiktoken could not fetch GPT-2's encoding ({type(e).__name__}); "
-                       "name a folder that holds it in TIKTOKEN_CACHE_DIR, or leave --tokenizer out") from None
-
-
-def tokens_of(tokenizer: tiktoken.Encoding) -> list[bytes] | None:
-    """What an encoding is made of, to be saved: its tokens in the order they were learned; None for GPT-2's."""
-    if tokenizer.name == "gpt2":
-        return None
-    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
-
-
-def tokenizer_of(tokens: list[bytes] | None) -> tiktoken.Encoding:
-    """`tokens_of` undone: the encoding whose tokens these are; the end token follows them."""
-    if tokens is None:
-        return gpt2_tokenizer()
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    return tiktoken.Encoding("reviews", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
 def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> list[list[int]]:
@@ -420,71 +247,6 @@ def write_triplets(triplets: list[dict], path: Path):
     write(path, "".join(json.dumps(triplet) + "\n" for triplet in triplets).encode())
 
 
-def read_pairs(path: Path) -> list[dict]:
-    """Anybody's preferences: one JSON object a line with `prompt`, `chosen` and `rejected` as strings (TRL's standard
-    format, and what `write_triplets` writes), and perhaps a `weight`; whatever else is there is left alone.
-
-    Errors: BadInput, which names the line.
-    """
-    pairs = []
-    with reading(path, "preferences"), open(path, "rb") as f:
-        if not path.is_file():
-            raise OSError("it is not a file, which a later run could read again")
-        for k, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
-            if line.strip():
-                pairs.append(pair_of(line, f"{path}, line {k}"))
-    if not pairs:
-        raise BadInput(f"{path}: is empty; expected one JSON object a line with prompt, chosen and rejected")
-    return pairs
-
-
-LONGEST_LINE = 4 << 20          # bytes
-
-
-def pair_of(line: bytes, place: str) -> dict:
-    """One line of `read_pairs`, checked."""
-    if len(line) > LONGEST_LINE:
-        raise BadInput(f"{place}: longer than {LONGEST_LINE >> 20} MB")
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()                # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{place}: not JSON in UTF-8 ({e})") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{place}: not a JSON object with prompt, chosen and rejected")
-    for name in ("prompt", "chosen", "rejected"):
-        if name not in row:
-            raise BadInput(f"{place}: has no {name}; python -m beyond.convert makes this format of others")
-        if not isinstance(row[name], str):
-            raise BadInput(f"{place}: {name} is not a string; python -m beyond.convert makes this format of others")
-        if not row[name] and not row.get(f"{name}_ids"):                # ours may be the end token alone, which was sampled
-            raise BadInput(f"{place}: {name} is empty")
-    if row["chosen"] == row["rejected"]:
-        raise BadInput(f"{place}: chosen and rejected are identical, which says nothing; leave the pair out")
-    weight = row.get("weight", 1.0)
-    if type(weight) not in (int, float) or not 0 < weight < math.inf:
-        raise BadInput(f"{place}: weight is not a number above zero")
-    return {name: row[name] for name in ("prompt", "chosen", "rejected")} | dict(weight=float(weight))
-
-
-def encode_pairs(pairs: list[dict], tokenizer: tiktoken.Encoding, context: int, K: int = 4) -> list[dict]:
-    """Pairs of `read_pairs` as triplets, without those that do not fit in the context. Prompt and response are encoded
-    apart, since their ids are what is joined: no token may reach across. Each response ends with the end token. Pairs of
-    one prompt share a number, and so their forward rows, as long as they have no more than K distinct responses."""
-    groups: dict[str, tuple[int, set[str]]] = {}        # each prompt's last number, and what responses have it
-    triplets, numbers = [], 0
-    for pair in pairs:
-        x, y_w, y_l = (tokenizer.encode_ordinary(pair[name]) for name in ("prompt", "chosen", "rejected"))
-        if len(x) + max(len(y_w), len(y_l)) < context:
-            new = {pair["chosen"], pair["rejected"]}
-            number, ys = groups.get(pair["prompt"], (None, set()))
-            if number is None or len(ys | new) > K:
-                number, ys, numbers = numbers, set(), numbers + 1
-            groups[pair["prompt"]] = number, ys | new
-            triplets.append(triplet(x, y_w + [tokenizer.eot_token], y_l + [tokenizer.eot_token], tokenizer, pair["weight"], number))
-    return triplets
-
-
 def group(triplets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Triplets as tensors, each prompt's distinct completions once: ids (P, K, T), mask (P, K, T) over the responses'
     tokens, pairs (n, 3) of prompt, y_w, y_l, and weight (n,). Prompts come in the order of their first triplet."""
@@ -513,3 +275,59 @@ def show(triplet: dict, tokenizer: tiktoken.Encoding) -> str:
         r = f"{triplet['reward_' + name]:+6.2f} nats   " if "reward_" + name in triplet else ""
         return f"{name:>8} {r}{x} {y}"
     return line("chosen") + "\n" + line("rejected")
+
+
+# ----------------------------------------------------------------------------- worlds: what an experiment starts from
+
+Choose = Callable[[list[str]], tiktoken.Encoding]       # a tokenizer for these texts
+
+def toy_world(settings, choose: Choose) -> dict:
+    """Reviews of the grammar: for pi_ref, for the prompts, and held out."""
+    sizes = settings.reviews, 2 * settings.prompts, 4 * settings.held_out + 500
+    reviews = toy_reviews(sum(sizes), settings.seed)
+    tokenizer = choose(reviews[:min(20_000, settings.reviews)])
+    ends = np.cumsum(sizes)
+    return split(tokenizer, reviews[:ends[0]], reviews[ends[0]:ends[1]], reviews[ends[1]:], settings)
+
+
+def imdb_world(settings, choose: Choose) -> dict:
+    """IMDb's training reviews for pi_ref and the true reward, its test reviews for prompts and for the second judge."""
+    reviews = read_imdb(Path(settings.imdb) if settings.imdb else download_imdb(cache()))
+    rng = random.Random(settings.seed)
+    judges, accuracy = {}, {}
+    for name, trained_on in dict(reward="train", judge="test").items():
+        texts = reviews[f"{trained_on}/pos"] + reviews[f"{trained_on}/neg"]
+        judges[name] = Sentiment.train(texts, [i < len(reviews[f"{trained_on}/pos"]) for i in range(len(texts))], settings.seed)
+    texts = reviews["test/pos"] + reviews["test/neg"]
+    positive = torch.arange(len(texts)) < len(reviews["test/pos"])
+    words = [text.split() for text in texts]
+    starts = [rng.randrange(max(1, len(w) - 19)) for w in words]
+    for name, snippets in dict(whole=texts, words_20=[" ".join(w[s:s + 20]) for w, s in zip(words, starts)]).items():
+        accuracy[name] = ((judges["reward"](snippets) > 0) == positive).float().mean().item()
+    print("the true reward's accuracy on test reviews: {whole:.3f} whole, {words_20:.3f} on 20 words".format(**accuracy))
+    fine_tune = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
+    rng.shuffle(fine_tune), rng.shuffle(texts)
+    tokenizer = choose(fine_tune[:8_000])
+    n = len(texts) // 10
+    world = split(tokenizer, fine_tune[:settings.reviews], texts[n:], texts[:n], settings)
+    return world | dict(accuracy=accuracy, judges={name: (j.weight, j.bias) for name, j in judges.items()})
+
+
+def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str], settings) -> dict:
+    """A world: the tokenizer's tokens, the openings that pi_ref learns from, and prompts from reviews that are not among
+    them. The held-out prompts are distinct, and no preferences are collected on them."""
+    rng, seen = random.Random(settings.seed), set(fine_tune)
+    tuned, asked, kept = (openings(reviews, tokenizer, settings.context) for reviews in (
+        fine_tune, [r for r in asked if r not in seen], [r for r in held_out if r not in seen]))
+    held = list(dict.fromkeys(map(tuple, prompts_of(kept, tokenizer, rng))))[:settings.held_out]
+    taken = set(held)
+    prompts = [x for x in prompts_of(asked, tokenizer, rng) if tuple(x) not in taken][:settings.prompts]
+    if not tuned or not prompts or len(held) < settings.held_out:
+        raise BadInput(f"too few reviews that fit in --context {settings.context}: {len(tuned)} openings to fine-tune on, "
+                       f"{len(prompts)} prompts, {len(held)} of {settings.held_out} held-out ones; lower --held-out, or give more reviews")
+    if len(prompts) < settings.prompts:
+        print(f"only {len(prompts):,} of {settings.prompts:,} prompts: there are no more reviews")
+    return dict(tokens=tokens_of(tokenizer), fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held),
+                unseen=pack(kept))
+
+

@@ -39,9 +39,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import dpo
-import train
+from kit import files, terminal
 from model import GPT, GPTConfig, sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -259,7 +258,7 @@ def their_process(*work) -> Iterator[tuple[list[Task], float]]:
         pipe.send(-1)
         process.join()
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise data.BadInput("the process of TRL and transformers ended before it was done") from None
+        raise files.BadInput("the process of TRL and transformers ended before it was done") from None
     finally:
         process.kill()
 
@@ -345,22 +344,22 @@ def table(results: dict) -> str:
 # ----------------------------------------------------------------------------- the command line
 
 def main(argv: list[str], size: Size = Size()) -> int:
-    parser = train.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = terminal.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--repetitions", type=train.between(1, 1000, int), default=5, metavar="N", help="that are counted (default %(default)s)")
-    add("--threads", type=train.between(1, 1024, int), default=torch.get_num_threads(), metavar="N",
+    add("--repetitions", type=terminal.between(1, 1000, int), default=5, metavar="N", help="that are counted (default %(default)s)")
+    add("--threads", type=terminal.between(1, 1024, int), default=torch.get_num_threads(), metavar="N",
         help="of torch, for all alike (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="where the results are written, as JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    train.keep_freed_memory()
+    terminal.keep_freed_memory()
     try:
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
         results = run(size, args.repetitions)
         if args.out:
-            data.write(args.out, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    except (data.BadInput, OSError, MemoryError) as e:
+            files.write(args.out, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    except (files.BadInput, OSError, MemoryError) as e:
         print("bench.py:", " ".join(str(e).split())[:500] or "out of memory", file=sys.stderr)
         return 2
     print(table(results))

@@ -14,12 +14,9 @@ one with the least loss on held-out pairs (`held_out_loss` in results.json) was 
 import argparse
 import dataclasses
 import inspect
-import io
 import json
-import os
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +32,7 @@ import train
 from beyond import pairs
 from beyond.losses import LOSSES, with_mismatched
 from dpo import Preferences
+from kit import files, report, terminal
 from model import GPT
 from train import Experiment, Settings
 
@@ -175,7 +173,7 @@ def table(runs: list[dict]) -> str:
     Errors: BadInput if the runs are not of the same methods."""
     if any([(p["method"], p["hyper"]) for p in run["points"]] != [(p["method"], p["hyper"]) for p in runs[0]["points"]]
            for run in runs):
-        raise data.BadInput("these runs are not of the same methods at the same strengths")
+        raise files.BadInput("these runs are not of the same methods at the same strengths")
     references = [dict(method="pi_ref", hyper={}, kl=0.0, win_rate=0.5, fraction_of_optimal=None, log_pi_w=0.0, log_pi_l=0.0)
                   | {name: run["reference"][name] for name in ("reward", "length")} for run in runs]
     lines = ["| " + " | ".join(("method", "at", *COLUMNS.values())) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
@@ -193,49 +191,35 @@ def cell(values: list[float | None]) -> str:
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(set(values)) > 1 else "")
 
 
-def new_figure(width: float, height: float):
-    os.environ.setdefault("MPLCONFIGDIR", str(data.cache()))
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
-
-
-def png(fig) -> bytes:
-    from matplotlib import pyplot
-    fig.savefig(buffer := io.BytesIO(), format="png", dpi=90)
-    pyplot.close(fig)
-    return buffer.getvalue()
-
-
 def draw_optimum(ax, e: Experiment, beta: float = 1.0):
     """The optimal curve as far as it can be trusted, from pi_ref on; beta times the KL is the implicit reward."""
     n, r_ref = int(e.curve["trusted"].sum()), e.held["rewards"]["reward"].mean().item()
     kl, reward = (e.curve[name].mean(1)[:n] for name in ("kl", "reward"))
     ax.plot([0, *beta * kl], [r_ref, *reward], color="0.25", label="the best of all policies (Eq. 4)")
-    ax.plot(0, r_ref, "D", color=train.REF, ms=8, zorder=3, label=r"$\pi_\mathrm{ref}$")
+    ax.plot(0, r_ref, "D", color=report.REF, ms=8, zorder=3, label=r"$\pi_\mathrm{ref}$")
     ax.set(xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response", ylabel="mean true reward, nats")
 
 
 def draw_figure(e: Experiment, points: list[dict]) -> bytes:
     """A PNG: each method from its weaker to its stronger strength; its name stands at the right, in the order of reward."""
-    fig, ax = new_figure(10.5, 6)
+    fig = report.new_figure(10.5, 6)
+    ax = fig.add_subplot()
     draw_optimum(ax, e)
     paths: dict[str, list[tuple[float, float]]] = {}
     for p in points:
         paths.setdefault(p["method"], []).append((p["kl"], p["reward"]))
     for name, path in paths.items():
         marker = "^" if name in REFERENCE_FREE else "s" if METHODS[name].fresh else "o"
-        ax.plot(*zip(*path), marker + "-", color=train.THETA if name == "dpo" else "0.45", ms=6, lw=0.7)
+        ax.plot(*zip(*path), marker + "-", color=report.THETA if name == "dpo" else "0.45", ms=6, lw=0.7)
     for marker, label in (("o", "given pairs"), ("s", "fresh pairs"), ("^", "given pairs, no reference")):
         ax.plot([], [], marker, color="0.45", label=label)
     ends = sorted(paths.items(), key=lambda item: item[1][-1][1])
     for (name, path), y in zip(ends, np.linspace(0.05, 0.95, len(ends))):
         ax.annotate(name, path[-1], xytext=(1.06, y), textcoords="axes fraction", va="center", fontsize="small",
-                    color=train.THETA if name == "dpo" else "0.2", arrowprops=dict(arrowstyle="-", color="0.8", lw=0.6))
+                    color=report.THETA if name == "dpo" else "0.2", arrowprops=dict(arrowstyle="-", color="0.8", lw=0.6))
     ax.set_title(f"{e.settings.data}, {e.counts['pairs']:,} pairs, seed {e.settings.seed}")
     ax.legend(loc="lower right", frameon=False, fontsize="small")
-    return png(fig)
+    return report.png(fig)
 
 
 # ----------------------------------------------------------------------------- the comparison
@@ -254,9 +238,9 @@ def run(settings: Settings, names: list[str], times: float, out: Path, device: t
     results = dict(config=config(settings), times=times, device=str(device), bf16=e.pi_ref.bf16, seconds=e.stage.seconds,
                    labels=e.counts, points=points, reference=dict(
                        reward=e.held["rewards"]["reward"].mean().item(), length=e.held["lengths"].double().mean().item()))
-    data.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    data.write(out / "table.md", (table([results]) + "\n").encode())
-    data.write(out / "figure.png", draw_figure(e, points))
+    files.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    files.write(out / "table.md", (table([results]) + "\n").encode())
+    files.write(out / "figure.png", draw_figure(e, points))
     return results
 
 
@@ -266,7 +250,7 @@ def config(settings: Settings) -> dict:
 
 
 def read_results(folder: Path) -> dict:
-    with data.reading(folder / "results.json", "results of this comparison"):
+    with files.reading(folder / "results.json", "results of this comparison"):
         found = json.loads((folder / "results.json").read_bytes())
         table([found])
         return found
@@ -274,15 +258,15 @@ def read_results(folder: Path) -> dict:
 
 # ----------------------------------------------------------------------------- the command line, which mend.py shares
 
-def parser_for(prog: str, description: str) -> train.Parser:
-    parser = train.Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, train.between(1, 10 ** 7, int)
-    add("--seed", type=train.between(0, 2 ** 32 - 1, int), metavar="N", help="of everything that is drawn (default 0)")
+def parser_for(prog: str, description: str) -> terminal.Parser:
+    parser = terminal.Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, terminal.between(1, 10 ** 7, int)
+    add("--seed", type=terminal.between(0, 2 ** 32 - 1, int), metavar="N", help="of everything that is drawn (default 0)")
     for name, what in dict(reviews="that pi_ref is fine-tuned on", steps="of fine-tuning", batch="prompts in a step of training",
                            prompts="that preferences are collected on").items():
         add(f"--{name}", type=count, metavar="N", help=what)
-    add("--held-out", type=train.between(2, 10 ** 5, int), metavar="N", help="prompts of the evaluation")
-    add("--device", type=train.usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+    add("--held-out", type=terminal.between(2, 10 ** 5, int), metavar="N", help="prompts of the evaluation")
+    add("--device", type=terminal.usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, mps (default: %(default)s)")
     add("--out", type=Path, default=Path("out/beyond"), help="the folder of everything that is written (default: %(default)s)")
     return parser
@@ -293,30 +277,13 @@ def settings_from(args: argparse.Namespace, defaults: dict) -> Settings:
     return Settings(**defaults | given)
 
 
-def exit_code(prog: str, out: Path, work: Callable[[], str]) -> int:
-    """Print what work() says, which is alone in its folder; 2 and one line if something given cannot be used."""
-    try:
-        began = time.perf_counter()
-        out.mkdir(parents=True, exist_ok=True)
-        with train.alone_in(out):
-            print(work())
-        print(f"{time.perf_counter() - began:.0f} s; see {out}")
-    except (data.BadInput, OSError, MemoryError) as e:
-        print(f"{prog}:", " ".join(str(e).split())[:500] or "out of memory", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; what ended is kept in {out}, run again to go on", file=sys.stderr)
-        return 130
-    return 0
-
-
 def main(argv: list[str]) -> int:
     parser = parser_for("compare.py", __doc__)
     add = parser.add_argument
     add("--data", choices=("toy", "imdb"), default="toy", help="the grammar's reviews (default), or IMDb's, which take hours")
     add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
     add("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="NAME", help="of " + ", ".join(METHODS) + " (all)")
-    add("--times", type=train.between(1e-6, 1e6), default=1.0, metavar="X", help="multiply every method's rate by X")
+    add("--times", type=terminal.between(1e-6, 1e6), default=1.0, metavar="X", help="multiply every method's rate by X")
     add("--summary", type=Path, nargs="+", metavar="DIR", help="print the table over these runs, and stop")
     args = parser.parse_args(argv)
     if args.imdb and args.data != "imdb":
@@ -324,11 +291,11 @@ def main(argv: list[str]) -> int:
     if args.summary:
         try:
             print(table([read_results(folder) for folder in args.summary]))
-        except data.BadInput as e:
+        except files.BadInput as e:
             parser.error(str(e))
         return 0
     settings = settings_from(args, train.IMDB if args.data == "imdb" else SMALLER)
-    return exit_code("compare.py", args.out, lambda: table([run(settings, args.methods, args.times, args.out, args.device)]))
+    return terminal.exit_code("compare.py", args.out, lambda: table([run(settings, args.methods, args.times, args.out, args.device)]))
 
 
 if __name__ == "__main__":

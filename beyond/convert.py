@@ -32,8 +32,8 @@ from itertools import combinations, takewhile
 from pathlib import Path
 from types import NoneType
 
-from data import BadInput
-from train import Parser
+from kit.files import BadInput
+from kit.terminal import Parser
 
 LIMIT, ARRAY_LIMIT = 4_000_000, 64_000_000          # bytes that are held at once: of a line, of a file that is one array
 COMPLETIONS = 100                                   # of one prompt, at most: pairs grow with their square

@@ -16,7 +16,7 @@ records are train.py's own, and losses that couple a batch's pairs are right as 
 the way forward and is computed again on the way back, which costs one more forward pass.
 
 So this file replaces, for the duration, what runs a model on texts: `dpo.response_logps`, `dpo.sequence_kl`,
-`train.token_nll` and `train.draw`; and `train.Stages`, so that rank 0 alone reads and writes. All else is train.py, by every
+`train.token_nll` and `train.draw`; and `files.Stages`, so that rank 0 alone reads and writes. All else is train.py, by every
 process at once. Samples are drawn in batches, each by one process with random numbers of its own: no result depends
 on the number of processes, but for rounding.
 """
@@ -45,7 +45,8 @@ import data
 import dpo
 import model
 import train
-from data import BadInput
+from kit import files, report, terminal
+from kit.files import BadInput
 from model import GPT
 
 SIZES = {   # --size: what is not given by a flag of its own
@@ -182,7 +183,7 @@ def from_first(value: object = None) -> object:
     return box[0]
 
 
-class Stages(train.Stages):
+class Stages(files.Stages):
     """train.Stages, kept by rank 0, whose results all processes get. `world` is made by it alone, the others by all."""
 
     def value(self, need: str) -> object:
@@ -204,7 +205,7 @@ class Stages(train.Stages):
 def silent() -> Iterator[None]:
     """Nothing is written, printed or drawn."""
     with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), replaced(data, write=lambda *_: None),
-          replaced(train, tqdm=partial(tqdm, disable=True), draw_figure=lambda *_: b"")):
+          replaced(report, write_report=lambda *_: None), replaced(train, tqdm=partial(tqdm, disable=True))):
         yield
 
 
@@ -235,12 +236,12 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def parse(argv: list[str]) -> tuple:
-    parser = train.Parser(prog="distributed.py", description=__doc__, allow_abbrev=False,
+    parser = terminal.Parser(prog="distributed.py", description=__doc__, allow_abbrev=False,
                           formatter_class=train.argparse.RawDescriptionHelpFormatter,
                           epilog="All other flags are train.py's: see python train.py --help.")
     add = parser.add_argument
     add("--size", choices=SIZES, help="small: 8 layers of 384; gpt2: 12 of 768, GPT-2's tokenizer, 25,000 prompts (124 M parameters)")
-    add("--micro-batch", type=train.between(1, 10 ** 7, int), metavar="N", help="texts (reviews, or responses) that a process "
+    add("--micro-batch", type=terminal.between(1, 10 ** 7, int), metavar="N", help="texts (reviews, or responses) that a process "
         "has in memory at once (default: all of its share)")
     add("--checkpoint-activations", action="store_true", help="keep each block's input alone, and compute the rest again")
     own, rest = parser.parse_known_args(argv)
@@ -256,15 +257,15 @@ def experiment(args, settings: Settings):
     alone = contextlib.nullcontext()
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        alone = train.alone_in(args.out)
+        alone = files.alone_in(args.out)
     with alone, sharded(settings.micro_batch, settings.checkpoint_activations), replaced(train, Stages=Stages):
         if args.show:
             train.prepare(settings, args.out, device, show=True)
             return
         results = train.run(settings, args.out, device)
-    print(train.summary(results))
+    print(report.summary(results))
     print(f"{time.perf_counter() - began:.0f} s, {settings.processes} process{'es' * (settings.processes > 1)}; see "
-          f"{args.out / 'figure.png'}, results.json and samples.txt beside it")
+          f"{args.out / 'figure.png'}, and what lies beside it")
 
 
 def explain(e: BaseException, args) -> int:
@@ -285,7 +286,7 @@ def explain(e: BaseException, args) -> int:
 
 def main(argv: list[str]) -> int:
     """Whoever fails first says why; the others lose their connection to it, and end without a word."""
-    train.keep_freed_memory()
+    terminal.keep_freed_memory()
     store, args = join(), None
     first = dist.get_rank() == 0
     try:

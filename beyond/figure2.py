@@ -19,7 +19,6 @@ response has the mean of their rewards, and at most the mean of their KLs, so wh
 Samples are responses drawn for a method: the completions behind the pairs it has been trained on so far (all of them for the
 reward model), and those that it drew. Seconds are those of drawing and scoring them, and of training.
 """
-import argparse
 import dataclasses
 import inspect
 import json
@@ -27,7 +26,6 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,10 +37,11 @@ from torch import Tensor
 import data
 import dpo
 import train
-from beyond import compare, losses, ppo
-from beyond.compare import cell, config, new_figure, parser_for, png, prompts_in, settings_from
+from beyond import losses, ppo
+from beyond.compare import cell, config, parser_for, prompts_in, settings_from
 from beyond.ppo import Reward, Scalar, Tuning
 from dpo import Preferences
+from kit import checkpoints, estimates, files, report, terminal
 from model import GPT
 from train import Experiment, Settings
 
@@ -198,7 +197,7 @@ def summary(runs: list[dict]) -> str:
     """Markdown: each method's frontier at no more than each KL of the grid, in parentheses where no point of it goes so far;
     each claim's differences and verdict. Mean and, over several runs, standard deviation. Errors: BadInput if the runs are not of the same sweep."""
     if any((run["grid"], run["runs"]) != (runs[0]["grid"], runs[0]["runs"]) for run in runs):
-        raise data.BadInput("these runs are not of the same sweep")
+        raise files.BadInput("these runs are not of the same sweep")
     grid, methods = runs[0]["grid"], dict.fromkeys(run["method"] for run in runs[0]["runs"])
 
     def rewards(method: str, kl: float) -> tuple[list[float | None], bool]:
@@ -219,16 +218,15 @@ def summary(runs: list[dict]) -> str:
 
 # ----------------------------------------------------------------------------- the figure
 
-LOOK = {"DPO": ("o", train.THETA), "PPO-GT": ("^", "0.1"), "PPO": ("s", "#7b5aa6"), "Unlikelihood": ("v", "#4d9221"),
+LOOK = {"DPO": ("o", report.THETA), "PPO-GT": ("^", "0.1"), "PPO": ("s", "#7b5aa6"), "Unlikelihood": ("v", "#4d9221"),
         "Preferred-FT": ("P", "0.55")}
 
 
 def draw_figure(results: dict, title: str) -> bytes:
     """A PNG. Left: every evaluation, large at a run's end; each method's frontier; the optimum behind; KL on a scale of square
     roots, on which the optimum begins as a straight line. Right: reward against what it cost, each line a run."""
-    fig, _ = new_figure(12, 6.2)
+    fig = report.new_figure(12, 6.2)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter      # once new_figure has said where its cache is
-    fig.clear()
     grid = fig.add_gridspec(2, 2, width_ratios=(1.9, 1))
     ax, by_seconds, by_samples = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
     r_ref, points = results["reference"]["reward"], results["points"]
@@ -250,20 +248,20 @@ def draw_figure(results: dict, title: str) -> bytes:
             line = [p for p in own if p["run"] == run]
             for small, what in ((by_seconds, "seconds"), (by_samples, "samples")):
                 small.plot([p[what] for p in line], [p["reward"] for p in line], marker + "-", color=color, ms=3, lw=0.8, alpha=0.8)
-    ax.plot(0, r_ref, "D", color=train.REF, ms=8, label=r"$\pi_\mathrm{ref}$")
+    ax.plot(0, r_ref, "D", color=report.REF, ms=8, label=r"$\pi_\mathrm{ref}$")
     right = 1.2 * results["grid"][-1]
     rewards = [r_ref, *(p["reward"] for p in points if p["kl"] < right)]
     ax.set_xscale("function", functions=(np.sqrt, np.square))
     ax.set(xlim=(0, right), ylim=(min(rewards) - 0.1, 1.05 * max(rewards) + 0.1), title=title, xticks=(0, 0.1, *results["grid"]),
            xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response, square roots", ylabel="mean true reward, nats")
     for small, what in ((by_seconds, "seconds of drawing, scoring and training"), (by_samples, "responses drawn")):
-        small.axhline(r_ref, color=train.REF, lw=1)
+        small.axhline(r_ref, color=report.REF, lw=1)
         small.set(xscale="log", xlabel=what, ylabel="reward", ylim=ax.get_ylim())
         small.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         small.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         small.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(loc="upper left", frameon=False, fontsize="small")
-    return png(fig)
+    return report.png(fig)
 
 
 # ----------------------------------------------------------------------------- the sweep
@@ -292,7 +290,7 @@ def run(sweep: Sweep, settings: Settings, methods: list[str], out: Path, device:
         needs = "on_pairs batch optimise like_lengths warm_then_linear" if one["method"] in LOSSES else "on_samples reward_model tuning"
         kept = e.stage(name, f"run evaluations scores rate seed dpo.py model.py {needs}", lambda: make(one))
         for k, found in enumerate(kept, 1):
-            pi_theta = train.load(dict(config=dataclasses.asdict(e.pi_ref.config), weights=found["weights"]), device)
+            pi_theta = checkpoints.load(dict(config=dataclasses.asdict(e.pi_ref.config), weights=found["weights"]), device)
             seen = e.stage(
                 f"{name}-{k}", f"{name} held_out answers seed evaluate joined draw optimal_curve fraction_of_optimal mean_se",
                 lambda: train.evaluate(e, pi_theta.requires_grad_(False), 1.0, f"{name_of(one)}, {k} of {len(kept)}"))["point"]
@@ -304,13 +302,10 @@ def run(sweep: Sweep, settings: Settings, methods: list[str], out: Path, device:
         bf16=e.pi_ref.bf16, seconds=e.stage.seconds, labels=e.counts,
         reference=dict(reward=r.mean().item(), length=e.held["lengths"].double().mean().item()),
         reward_model=dict(looked=learned["looked"], pair_accuracy=learned["pair_accuracy"]),
-        frontier=[dict(kl=kl, reward=reward, trusted=bool(trusted)) for kl, reward, trusted in zip(
-            e.curve["kl"].mean(1).tolist(), e.curve["reward"].mean(1).tolist(), e.curve["trusted"])],
-        best_of_n=[dict(n=n, reward=train.best_of_n(r, n), kl_bound=math.log(n) - (n - 1) / n)
-                   for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= settings.samples], points=points)
-    data.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    data.write(out / "table.md", (summary([results]) + "\n").encode())
-    data.write(out / "figure.png", draw_figure(
+        frontier=estimates.along(e.curve), best_of_n=estimates.best_of_each_n(r), points=points)
+    files.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    files.write(out / "table.md", (summary([results]) + "\n").encode())
+    files.write(out / "figure.png", draw_figure(
         results, f"{settings.data}, {settings.labels} labels, {e.counts['pairs']:,} pairs, seed {settings.seed}"))
     return results
 
@@ -339,7 +334,7 @@ def main(argv: list[str]) -> int:
     add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
     add("--labels", choices=("bt", "argmax"), help="drawn from Bradley-Terry (default), or the paper's")
     add("--methods", nargs="+", choices=LOOK, default=[*LOOK], metavar="NAME", help="of " + ", ".join(LOOK) + " (all)")
-    add("--iterations", type=train.between(1, 10 ** 6, int), metavar="N", help="of PPO")
+    add("--iterations", type=terminal.between(1, 10 ** 6, int), metavar="N", help="of PPO")
     add("--summary", type=Path, nargs="+", metavar="DIR", help="print the table over these runs, and stop")
     args = parser.parse_args(argv)
     if args.imdb and args.data != "imdb":
@@ -347,18 +342,18 @@ def main(argv: list[str]) -> int:
     if args.summary:
         try:
             print(summary([read_results(folder) for folder in args.summary]))
-        except data.BadInput as e:
+        except files.BadInput as e:
             parser.error(str(e))
         return 0
     sweep = IMDB if args.data == "imdb" else TOY
     if args.iterations:
         sweep = dataclasses.replace(sweep, tuning=dataclasses.replace(sweep.tuning, iterations=args.iterations))
     settings = settings_from(args, sweep.settings)
-    return compare.exit_code("figure2.py", args.out, lambda: summary([run(sweep, settings, args.methods, args.out, args.device)]))
+    return terminal.exit_code("figure2.py", args.out, lambda: summary([run(sweep, settings, args.methods, args.out, args.device)]))
 
 
 def read_results(folder: Path) -> dict:
-    with data.reading(folder / "results.json", "results of this sweep"):
+    with files.reading(folder / "results.json", "results of this sweep"):
         found = json.loads((folder / "results.json").read_bytes())
         summary([found])
         return found

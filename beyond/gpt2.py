@@ -30,9 +30,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import data
-import train
-from data import BadInput
+from kit import checkpoints, terminal, tokens
+from kit.files import BadInput, reading
 from model import GPT, GPTConfig
 
 PUBLISHED = {size: GPTConfig(50257, 1024, n_layer, n_head, n_embd) for size, n_layer, n_head, n_embd in (
@@ -51,10 +50,10 @@ def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------- published -> ours
 
 def from_published(folder: Path) -> dict:
-    """The folder's model, as `train.checkpoint` makes it. Errors: BadInput for what is not wholly a GPT-2."""
-    with data.reading(path := folder / "config.json", "a config of GPT-2"):
+    """The folder's model, as `checkpoints.checkpoint` makes it. Errors: BadInput for what is not wholly a GPT-2."""
+    with reading(path := folder / "config.json", "a config of GPT-2"):
         config = config_of(json.loads(path.read_bytes()))
-    with data.reading(folder, "weights of GPT-2"):
+    with reading(folder, "weights of GPT-2"):
         found, size = read_weights(folder)
         found = {name.removeprefix("transformer."): w for name, w in found.items()
                  if not name.endswith((".attn.bias", ".attn.masked_bias"))}
@@ -73,7 +72,7 @@ def from_published(folder: Path) -> dict:
             if w.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not w.isfinite().all():
                 raise ValueError(f"{name} ({w.dtype}) is not of finite numbers of 16 or 32 bits")
         pi.load_state_dict(transposed(found), assign=True)
-    return train.checkpoint(pi, None)
+    return checkpoints.checkpoint(pi, None)
 
 
 def config_of(found: dict) -> GPTConfig:
@@ -128,7 +127,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def write_published(found: dict, folder: Path):
     """A checkpoint as config.json and weights, in a new folder; it empties found["weights"]."""
-    end = data.tokenizer_of(found["tokens"]).eot_token
+    end = tokens.tokenizer_of(found["tokens"]).eot_token
     config = FUNCTION | {name: found["config"][ours] for ours, name in SIZES.items()} | dict(
         architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     weights = transposed(found["weights"])
@@ -167,7 +166,7 @@ def convert(source: Path, out: Path) -> str:
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists already; name another, or remove it")
     published = source.is_dir()
-    found = from_published(source) if published else train.read_checkpoint(source)
+    found = from_published(source) if published else checkpoints.read_checkpoint(source)
     said = "{n_layer} layers, {n_head} heads, width {n_embd}, context {context}, {vocab_size:,} tokens".format(**found["config"])
     number = sum(w.numel() for w in found["weights"].values())
     with appearing(out) as part:
@@ -181,7 +180,7 @@ def convert(source: Path, out: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = train.Parser(prog="gpt2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = terminal.Parser(prog="gpt2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="a published folder, or a checkpoint of this project")
     parser.add_argument("out", metavar="OUT", type=Path, help="the checkpoint or folder to write; it must not exist")
     args = parser.parse_args(argv)

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import data
 import dpo
 import train
 from beyond import compare, losses, pairs
 from beyond.compare import METHODS, draw_optimum
 from dpo import Preferences
+from kit import files, report, terminal
 from model import GPT
 from train import Experiment, Settings
 
@@ -163,7 +163,7 @@ def coverage(e: Experiment) -> dict:
 # ----------------------------------------------------------------------------- one small figure each
 
 def colour(name: str) -> str:
-    return train.THETA if name in ("dpo", "dpo, clean labels", "offline") else train.REF if name == "pi_ref" else "0.35"
+    return report.THETA if name in ("dpo", "dpo, clean labels", "offline") else report.REF if name == "pi_ref" else "0.35"
 
 
 def scatter(ax, found: dict, x: str, hollow: tuple[str, ...]):
@@ -210,7 +210,7 @@ def draw_over_time(ax, e: Experiment, found: dict):
 
 
 def draw_coverage(ax, e: Experiment, found: dict):
-    looks = ((train.REF, ""), (train.THETA, ""), (train.THETA, "//"), ("white", ""))
+    looks = ((report.REF, ""), (report.THETA, ""), (report.THETA, "//"), ("white", ""))
     for k, ((label, policy), (fill, hatch)) in enumerate(zip(found.items(), looks)):
         ax.bar([i + 0.2 * k for i in range(4)], policy["p"], 0.2, color=fill, hatch=hatch, edgecolor="0.2", lw=0.6,
                label=f"{label}: reward {policy['reward']:.2f}")
@@ -233,12 +233,13 @@ def run(settings: Settings, names: list[str], out: Path, device: torch.device) -
         e.stage.known["study"] = inspect.getsource(study)
         found[name] = e.stage(f"mend-{name}", "study beyond scores held_out batch seed answers rate dpo.py optimise like_lengths "
                               "warm_then_linear evaluate draw score", lambda: study(e))
-        fig, ax = compare.new_figure(4.8, 3.6)
+        fig = report.new_figure(4.8, 3.6)
+        ax = fig.add_subplot()
         draw(ax, e, found[name])
         ax.legend(frameon=False, fontsize="x-small")
-        data.write(out / f"mend-{name}.png", compare.png(fig))
+        files.write(out / f"mend-{name}.png", report.png(fig))
     results = dict(config=compare.config(settings), device=str(device), bf16=e.pi_ref.bf16, seconds=e.stage.seconds, studies=found)
-    data.write(out / "mend.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    files.write(out / "mend.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return "\n".join(f"{name}: mend-{name}.png" for name in found)
 
 
@@ -248,7 +249,7 @@ def main(argv: list[str]) -> int:
                         help="of " + ", ".join(STUDIES) + " (all)")
     args = parser.parse_args(argv)
     settings = compare.settings_from(args, compare.SMALLER)
-    return compare.exit_code("mend.py", args.out, lambda: run(settings, args.studies, args.out, args.device))
+    return terminal.exit_code("mend.py", args.out, lambda: run(settings, args.studies, args.out, args.device))
 
 
 if __name__ == "__main__":

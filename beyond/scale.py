@@ -16,8 +16,8 @@ import argparse
 import sys
 
 from beyond.gpt2 import PUBLISHED
+from kit.terminal import Parser
 from model import GPTConfig
-from train import Parser
 
 MODELS = {name: PUBLISHED[name] for name in ("124M", "774M")} | {
     "7B": GPTConfig(32000, 4096, 32, 32, 4096), "70B": GPTConfig(32000, 4096, 80, 64, 8192)}

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import dpo
 from beyond import compare, losses, mend
 from worlds import assert_same
@@ -129,7 +128,7 @@ def test_runs_of_different_methods_have_no_table(tmp_path, capsys):
 
 
 def test_a_folder_in_use_and_a_missing_archive_are_exit_code_2(tmp_path, capsys):
-    with compare.train.alone_in(tmp_path):
+    with compare.files.alone_in(tmp_path):
         assert compare.main([*TINY, "--out", str(tmp_path)]) == 2
     assert mend.main([*TINY, "--studies", "coverage", "--out", str(tmp_path / "file" / "x")]) in (0, 2)
     assert compare.main(["--data", "imdb", "--imdb", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings, strategies as st
 
 import data
 from beyond import convert
+from kit import files
 
 
 def messages(*contents: str) -> list[dict]:
@@ -337,7 +338,7 @@ def test_source_without_permission_is_one_line(tmp_path, capsys, monkeypatch):
     def denied(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr(convert, "open", denied, raising=False)
-    with pytest.raises(data.BadInput, match="in: cannot be read .Permission denied."):
+    with pytest.raises(files.BadInput, match="in: cannot be read .Permission denied."):
         next(convert.lines(tmp_path / "in"))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from hypothesis import given, strategies as st
 
 import data
+from kit import files, own, tokens
 
-TOKENIZER = data.learn_tokenizer(data.toy_reviews(2_000, 0), 500)
+TOKENIZER = tokens.learn_tokenizer(data.toy_reviews(2_000, 0), 500)
 
 
 # --------------------------------------------------------------------------------------------------- the grammar
@@ -66,7 +68,7 @@ def test_archive_and_unpacked_folder_hold_the_same_reviews(tmp_path):
                                         ("train/pos/1_9.txt", tarfile.CHRTYPE)])
 def test_an_archive_that_leads_out_of_its_folder_is_refused_and_nothing_is_written(tmp_path, name, kind):
     path = archive(tmp_path / "a.tar.gz", {name: b""}, kind)
-    with pytest.raises(data.BadInput, match="is a link, a device, or leads out"):
+    with pytest.raises(files.BadInput, match="is a link, a device, or leads out"):
         data.read_imdb(path)
     assert [p.name for p in tmp_path.rglob("*")] == ["a.tar.gz"]
 
@@ -74,14 +76,14 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused_and_nothing_is_writt
 def test_an_archive_that_unpacks_to_far_too_much_is_refused_before_it_has(tmp_path, monkeypatch):
     path = archive(tmp_path / "a.tar.gz", MEMBERS | {"aclImdb/train/pos/3_9.txt": bytes(30_000_000)})
     assert path.stat().st_size < 100_000
-    given, bounded = [], data.Bounded
+    given, bounded = [], files.Bounded
 
     class Counting(bounded):
         def read(self, n):
             given.append(n)
             return super().read(n)
     monkeypatch.setattr(data, "Bounded", lambda file, limit: Counting(file, 1_000_000))
-    with pytest.raises(data.BadInput, match="unpacks to far more"):
+    with pytest.raises(files.BadInput, match="unpacks to far more"):
         data.read_imdb(path)
     assert sum(given) < 1_100_000
 
@@ -102,13 +104,13 @@ def test_an_archive_that_cannot_be_used_is_one_clear_error(tmp_path, damage):
     else:
         path = tmp_path / "folder"
         path.mkdir()
-    with pytest.raises(data.BadInput, match=path.name):
+    with pytest.raises(files.BadInput, match=path.name):
         data.read_imdb(path)
 
 
 class Download(io.BytesIO):
     """What urlopen returns, cut short or broken off."""
-    def __init__(self, content: bytes, breaks=False, url=data.ARCHIVE):
+    def __init__(self, content: bytes, breaks=False, url=files.ARCHIVE):
         super().__init__(content)
         self.breaks, self.url = breaks, url
 
@@ -124,21 +126,21 @@ class Download(io.BytesIO):
 
 def test_a_download_is_checked_then_renamed_and_done_once(tmp_path, monkeypatch):
     content = b"the archive"
-    monkeypatch.setattr(data, "ARCHIVE_BYTES", len(content))
-    monkeypatch.setattr(data, "ARCHIVE_MD5", data.hashlib.md5(content).hexdigest())
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Download(content))
-    path = data.download_imdb(tmp_path / "cache")
+    monkeypatch.setattr(files, "ARCHIVE_BYTES", len(content))
+    monkeypatch.setattr(files, "ARCHIVE_MD5", files.hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(files.urllib.request, "urlopen", lambda url, timeout: Download(content))
+    path = files.download_imdb(tmp_path / "cache")
     assert path.read_bytes() == content
-    monkeypatch.setattr(data.urllib.request, "urlopen", None)       # not asked again
-    assert data.download_imdb(tmp_path / "cache") == path
+    monkeypatch.setattr(files.urllib.request, "urlopen", None)       # not asked again
+    assert files.download_imdb(tmp_path / "cache") == path
 
 
 @pytest.mark.parametrize("download", [Download(b"other bytes"), Download(b"the ar", breaks=True),
                                       Download(b"", url="http://elsewhere.example")])
 def test_a_download_that_is_not_the_archive_leaves_nothing(tmp_path, monkeypatch, download):
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: download)
-    with pytest.raises(data.BadInput, match="--imdb"):
-        data.download_imdb(tmp_path)
+    monkeypatch.setattr(files.urllib.request, "urlopen", lambda url, timeout: download)
+    with pytest.raises(files.BadInput, match="--imdb"):
+        files.download_imdb(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,15 +159,15 @@ def test_every_byte_string_has_ids(content):
 
 def plain_bpe(texts: list[str], vocab_size: int) -> list[bytes]:
     """The definition, slowly: count every pair anew, join the most frequent (of equals, the oldest tokens), again."""
-    words = [[bytes([b]) for b in w.encode()] for t in texts for w in data.re.findall(data.PATTERN, t)]
-    tokens = [bytes([b]) for b in range(256)]
-    while len(tokens) < vocab_size - 1:
-        counts = data.Counter(pair for w in words for pair in zip(w, w[1:]))
+    words = [[bytes([b]) for b in w.encode()] for t in texts for w in data.re.findall(tokens.PATTERN, t)]
+    found = [bytes([b]) for b in range(256)]
+    while len(found) < vocab_size - 1:
+        counts = Counter(pair for w in words for pair in zip(w, w[1:]))
         if not counts:
             break
-        a, b = min(counts, key=lambda pair: (-counts[pair], *map(tokens.index, pair)))
-        if a + b not in tokens:
-            tokens.append(a + b)
+        a, b = min(counts, key=lambda pair: (-counts[pair], *map(found.index, pair)))
+        if a + b not in found:
+            found.append(a + b)
         for k, w in enumerate(words):
             new, i = [], 0
             while i < len(w):
@@ -173,25 +175,25 @@ def plain_bpe(texts: list[str], vocab_size: int) -> list[bytes]:
                 new.append(a + b if joined else w[i])
                 i += 2 if joined else 1
             words[k] = new
-    return tokens
+    return found
 
 
 @pytest.mark.parametrize("texts", [["aaaa aaa aa a", "abab ababab"], data.toy_reviews(60, 3), ["été, l'été! où? ça"] * 3])
 def test_the_heap_learns_the_tokens_of_the_definition(texts):
-    learned = data.learn_tokenizer(texts, 330)
+    learned = tokens.learn_tokenizer(texts, 330)
     assert [learned.decode_single_token_bytes(i) for i in range(learned.n_vocab - 1)] == plain_bpe(texts, 330)
 
 
 def test_the_end_token_is_last_and_a_saved_tokenizer_is_the_same():
     assert TOKENIZER.eot_token == TOKENIZER.n_vocab - 1
-    again = data.tokenizer_of([TOKENIZER.decode_single_token_bytes(i) for i in range(TOKENIZER.n_vocab - 1)])
+    again = tokens.tokenizer_of([TOKENIZER.decode_single_token_bytes(i) for i in range(TOKENIZER.n_vocab - 1)])
     text = "the plot is superb; naïve — we hated it."
     assert again.encode_ordinary(text) == TOKENIZER.encode_ordinary(text)
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused():
-    with pytest.raises(data.BadInput, match="256 bytes"):
-        data.learn_tokenizer(["a"], 256)
+    with pytest.raises(files.BadInput, match="256 bytes"):
+        tokens.learn_tokenizer(["a"], 256)
 
 
 # --------------------------------------------------------------------------------------------------- the true reward
@@ -281,7 +283,7 @@ def test_triplets_are_json_lines_and_come_back_the_same(tmp_path):
     *_, triplets, _ = world("bt", 20)
     data.write_triplets(triplets, tmp_path / "t.jsonl")
     assert [json.loads(line) for line in (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()] == triplets
-    pairs = data.read_pairs(tmp_path / "t.jsonl")
+    pairs = own.read_pairs(tmp_path / "t.jsonl")
     assert pairs == [{name: t[name] for name in ("prompt", "chosen", "rejected", "weight")} for t in triplets]
 
 
@@ -304,7 +306,7 @@ def test_a_shown_triplet_has_its_response_and_only_that_in_brackets():
     *_, triplets, _ = world("bt", 5)
     first, second = data.show(triplets[0], TOKENIZER).splitlines()
     inside = "".join(data.re.findall(r"\[(.*?)\]", first))
-    assert inside == triplets[0]["chosen"] + data.END
+    assert inside == triplets[0]["chosen"] + tokens.END
     assert "[" not in first[:first.index("[")] and "rejected" in second
 
 
@@ -312,7 +314,7 @@ def test_own_pairs_are_encoded_apart_and_share_rows_while_they_are_few():
     """Prompt and response are joined as ids; pairs of a prompt share a number up to four distinct responses."""
     rows = [dict(prompt="the plot is", chosen=f" superb {i}", rejected=f" dull {j}", weight=2.0)
             for i, j in ((0, 0), (0, 1), (1, 1), (2, 2), (0, 0))] + [dict(prompt="the cast", chosen="s", rejected="d", weight=1.0)]
-    triplets = data.encode_pairs(rows, TOKENIZER, 24)
+    triplets = own.encode_pairs(rows, TOKENIZER, 24)
     assert [t["number"] for t in triplets] == [0, 0, 0, 1, 1, 2]
     for row, t in zip(rows, triplets):
         assert t["prompt_ids"] == TOKENIZER.encode_ordinary(row["prompt"]) and t["weight"] == row["weight"]
@@ -324,12 +326,12 @@ def test_own_pairs_are_encoded_apart_and_share_rows_while_they_are_few():
 def test_a_pair_fits_if_its_longer_response_and_the_end_token_do():
     pair = dict(prompt="a", chosen="b" * 3, rejected="c", weight=1.0)
     needed = len(TOKENIZER.encode_ordinary("a")) + len(TOKENIZER.encode_ordinary("bbb")) + 1
-    assert len(data.encode_pairs([pair], TOKENIZER, needed)) == 1 and data.encode_pairs([pair], TOKENIZER, needed - 1) == []
+    assert len(own.encode_pairs([pair], TOKENIZER, needed)) == 1 and own.encode_pairs([pair], TOKENIZER, needed - 1) == []
 
 
 def test_a_response_that_is_the_end_token_alone_is_read_back_though_its_text_is_empty(tmp_path):
     end = [TOKENIZER.eot_token]
     written = data.triplet(OPENINGS[0][:3], end, OPENINGS[0][3:], TOKENIZER, 1.0, 0)
     data.write_triplets([written], tmp_path / "t.jsonl")
-    again, = data.encode_pairs(data.read_pairs(tmp_path / "t.jsonl"), TOKENIZER, 24)
+    again, = own.encode_pairs(own.read_pairs(tmp_path / "t.jsonl"), TOKENIZER, 24)
     assert written["chosen"] == "" and again["chosen_ids"] == end and again["rejected_ids"] == written["rejected_ids"]

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import data
 import dpo
 import train
 import worlds
 from beyond import distributed
+from kit import checkpoints
 from model import GPT, GPTConfig
 
 ROOT = Path(train.__file__).parent
@@ -286,7 +286,8 @@ DRIVER = """
 import os, sys, time
 import data, dpo, train
 from beyond import distributed
-train.bf16_pays = lambda device: False
+from kit import checkpoints
+checkpoints.bf16_pays = train.bf16_pays = lambda device: False
 {}
 sys.exit(distributed.main(sys.argv[1:]))
 """
@@ -325,7 +326,8 @@ def core(tmp_path_factory) -> tuple[list[str], Path]:
     """Flags, and what train.py makes with them, from a pi_ref that is given, in float32."""
     folder = tmp_path_factory.mktemp("core")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "bf16_pays", lambda device: False)
+        for module in (train, checkpoints):
+            patch.setattr(module, "bf16_pays", lambda device: False)
         assert train.main([*TINY, "--out", str(folder / "first")]) == 0
         flags = [*TINY, "--init", str(folder / "first" / "reference.pt"), "--steps", "0", "--labels", "soft"]
         assert train.main([*flags, "--out", str(folder / "core")]) == 0
@@ -348,14 +350,16 @@ def test_torchrun_ends_with_the_results_of_train_py_and_one_process_keeps_what_t
     assert_same_run(out, whole)
     assert done.stdout.count("pi_ref: ") == 1 and "2 processes" in done.stdout
     assert done.stderr.count("sampling completions:   0%") == 1                        # one bar, rank 0's
-    monkeypatch.setattr(train, "bf16_pays", lambda device: False)
+    for module in (train, checkpoints):
+        monkeypatch.setattr(module, "bf16_pays", lambda device: False)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
     assert distributed.main([*flags, "--out", str(out)]) == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.pt")} == before
 
 
 def test_one_process_ends_with_the_results_of_train_py(core, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "bf16_pays", lambda device: False)
+    for module in (train, checkpoints):
+        monkeypatch.setattr(module, "bf16_pays", lambda device: False)
     assert distributed.main([*core[0], "--out", str(tmp_path)]) == 0
     assert_same_run(tmp_path, core[1])
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpo
-import train
+from kit import estimates
 from worlds import (assert_at_most, assert_same, betas, kl, mean, objective, population, population_loss, seeds,
                     uniform, worlds)
 
@@ -105,7 +105,7 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n(seed, M, data):
     N = data.draw(st.integers(1, M))
     r = uniform((2, M), -5.0, 5.0, seed).round(decimals=0 if seed % 2 else 3)        # with ties and without
     maxima = [row[list(choice)].max() for row in r for choice in combinations(range(M), N)]
-    assert_same(train.best_of_n(r, N), torch.stack(maxima).mean())
+    assert_same(estimates.best_of_n(r, N), torch.stack(maxima).mean())
 
 
 def best_of(pi_ref: torch.Tensor, r: torch.Tensor, N: int) -> torch.Tensor:
@@ -136,8 +136,8 @@ def test_best_of_n_is_unbiased(w, N):
     """4 samples of pi_ref, all their draws weighed  =>  the estimate's mean is the reward of the best of N"""
     w = w._replace(pi_ref=w.pi_ref[:3].log_softmax(-1), r=w.r[:3])
     draws = torch.tensor(list(product(range(len(w.r)), repeat=4)))
-    estimates = torch.tensor([train.best_of_n(w.r[draw][None], N) for draw in draws], dtype=torch.float64)
-    assert_same(mean(w.pi_ref[draws].sum(-1), estimates), mean(best_of(w.pi_ref, w.r, N), w.r))
+    each = torch.tensor([estimates.best_of_n(w.r[draw][None], N) for draw in draws], dtype=torch.float64)
+    assert_same(mean(w.pi_ref[draws].sum(-1), each), mean(best_of(w.pi_ref, w.r, N), w.r))
 
 
 # ---------------------------------------------------------------------------------------------- the curve of a run
@@ -151,18 +151,18 @@ def r_ref():
 
 def test_optimal_curve_has_one_beta_for_all_prompts_and_pools_no_samples(r_ref):
     """A prompt's curve is the same alone and among others: E* and KL* of its own samples, at each beta"""
-    curve = train.optimal_curve(r_ref)
-    each = [[dpo.frontier(r, beta)[:2] for r in r_ref] for beta in train.BETAS]
+    curve = estimates.optimal_curve(r_ref)
+    each = [[dpo.frontier(r, beta)[:2] for r in r_ref] for beta in estimates.BETAS]
     assert_same(np.stack((curve["reward"], curve["kl"]), -1), each)
 
 
 def test_optimal_curve_is_trusted_where_samples_can_tell(r_ref):
     """Trusted => the effective sample size is at least 40 there and at every larger beta; with 30 samples nothing is"""
-    curve = train.optimal_curve(r_ref)
-    trusted, sizes = curve["trusted"], [dpo.frontier(r_ref, beta)[2].mean() for beta in train.BETAS]
+    curve = estimates.optimal_curve(r_ref)
+    trusted, sizes = curve["trusted"], [dpo.frontier(r_ref, beta)[2].mean() for beta in estimates.BETAS]
     assert 0 < trusted.sum() < len(trusted) and (np.diff(trusted.astype(int)) <= 0).all()
     assert min(size for size, trust in zip(sizes, trusted) if trust) >= 40
-    assert not train.optimal_curve(r_ref[:, :30])["trusted"].any()
+    assert not estimates.optimal_curve(r_ref[:, :30])["trusted"].any()
 
 
 def test_optimal_curve_is_not_trusted_where_half_the_samples_disagree():
@@ -170,23 +170,23 @@ def test_optimal_curve_is_not_trusted_where_half_the_samples_disagree():
     more than 2 %, and nothing is trusted, however large the effective sample size"""
     r = torch.randn(4, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r[:, :200] *= 2
-    assert not train.optimal_curve(r)["trusted"].any()
+    assert not estimates.optimal_curve(r)["trusted"].any()
 
 
 def test_fraction_of_optimal_is_one_on_the_curve_and_zero_at_the_references_reward(r_ref):
     """r and KL of each prompt those of pi_r  =>  1, with no error; r that of pi_ref  =>  0"""
-    curve = train.optimal_curve(r_ref)
+    curve = estimates.optimal_curve(r_ref)
     i = int(curve["trusted"].sum()) // 2
     start = r_ref.mean(1).numpy()
-    assert_same(train.fraction_of_optimal(curve, start, curve["reward"][i], curve["kl"][i]), [1.0, 0.0])
-    assert_same(train.fraction_of_optimal(curve, start, start, curve["kl"][i]), [0.0, 0.0])
+    assert_same(estimates.fraction_of_optimal(curve, start, curve["reward"][i], curve["kl"][i]), [1.0, 0.0])
+    assert_same(estimates.fraction_of_optimal(curve, start, start, curve["kl"][i]), [0.0, 0.0])
 
 
 def test_fraction_of_optimal_is_silent_beyond_what_samples_can_tell(r_ref):
     """KL beyond the trusted part of the curve  =>  no fraction and no error bar"""
-    curve = train.optimal_curve(r_ref)
+    curve = estimates.optimal_curve(r_ref)
     beyond = curve["kl"][int(curve["trusted"].sum())]
-    assert train.fraction_of_optimal(curve, r_ref.mean(1).numpy(), curve["reward"][-1], beyond) == (None, None)
+    assert estimates.fraction_of_optimal(curve, r_ref.mean(1).numpy(), curve["reward"][-1], beyond) == (None, None)
 
 
 @given(seed=seeds, P=st.integers(2, 6), M=st.integers(1, 6))
@@ -194,7 +194,7 @@ def test_standard_error_is_that_of_independent_prompts(seed, P, M):
     """Means over prompts' own means => se = std / sqrt(P), from the data and not a constant: doubled values double
     it, and values alike within a prompt add nothing. pitfall 33"""
     values = uniform((P, M), -5.0, 5.0, seed)
-    value, se = train.mean_se(values)
+    value, se = estimates.mean_se(values)
     each = values.mean(1).numpy()
     assert_same([value, se], [each.mean(), np.sqrt(((each - each.mean()) ** 2).sum() / (P - 1) / P)])
-    assert_same(train.mean_se(2 * values.repeat(1, 3)), [2 * value, 2 * se])
+    assert_same(estimates.mean_se(2 * values.repeat(1, 3)), [2 * value, 2 * se])

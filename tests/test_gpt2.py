@@ -17,9 +17,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import data
 import train
 from beyond import gpt2
+from kit import checkpoints, files, tokens
 from model import GPT, GPTConfig
 
 ROOT = Path(train.__file__).parent
@@ -79,7 +79,7 @@ def publish(folder: Path, w: object, config: dict | None = None, name: str = "py
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
     """GPT-2's encoding is only asked for its size and its end token here."""
-    monkeypatch.setattr(data, "gpt2_tokenizer", lambda: SimpleNamespace(n_vocab=V, eot_token=V - 1))
+    monkeypatch.setattr(tokens, "gpt2_tokenizer", lambda: SimpleNamespace(n_vocab=V, eot_token=V - 1))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -115,7 +115,7 @@ def test_the_converted_model_computes_the_published_function(layout, tmp_path):
     """Weights in any published layout  =>  logits of our GPT = those of GPT-2's forward on the original, to 1e-4"""
     w, (arrange, how) = weights(), LAYOUTS[layout]
     assert gpt2.main([str(publish(tmp_path / "in", arrange(w), **how)), str(tmp_path / "ours.pt")]) == 0
-    pi = train.load(train.read_checkpoint(tmp_path / "ours.pt"), torch.device("cpu"))
+    pi = checkpoints.load(checkpoints.read_checkpoint(tmp_path / "ours.pt"), torch.device("cpu"))
     pi.bf16 = False
     ids = torch.randint(0, V, (3, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_round_trips_are_exact_with_the_library_safetensors_and_without(library,
     for source, out in (("in", "a.pt"), ("a.pt", "folder"), ("folder", "b.pt"), ("b.pt", "folder2")):
         publish(tmp_path / "in", w)
         assert gpt2.main([str(tmp_path / source), str(tmp_path / out)]) == 0
-    a, b = (train.read_checkpoint(tmp_path / name) for name in ("a.pt", "b.pt"))
+    a, b = (checkpoints.read_checkpoint(tmp_path / name) for name in ("a.pt", "b.pt"))
     assert a["config"] == b["config"] and same(a["weights"], b["weights"]) and a["tokens"] is b["tokens"] is None
     file = "model.safetensors" if library else "pytorch_model.bin"
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {"config.json", file}
@@ -167,14 +167,14 @@ def test_round_trips_are_exact_with_the_library_safetensors_and_without(library,
 
 def test_a_learned_tokenizer_is_left_behind_and_that_is_said(tmp_path, capsys):
     """A checkpoint of ours with its own tokens  =>  a folder of its size with its end token, and no way back"""
-    tokens = data.tokens_of(data.learn_tokenizer(["the plot is superb."], 270))
+    learned = tokens.tokens_of(tokens.learn_tokenizer(["the plot is superb."], 270))
     torch.manual_seed(0)
-    made = train.checkpoint(GPT(GPTConfig(len(tokens) + 1, 32, 1, 2, 8)), tokens)
+    made = checkpoints.checkpoint(GPT(GPTConfig(len(learned) + 1, 32, 1, 2, 8)), learned)
     torch.save(made, tmp_path / "ours.pt")
     assert gpt2.main([str(tmp_path / "ours.pt"), str(tmp_path / "folder")]) == 0
     assert "no tokenizer files are written: it is this project's" in capsys.readouterr().out
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert config["vocab_size"] == len(tokens) + 1 and config["eos_token_id"] == len(tokens)
+    assert config["vocab_size"] == len(learned) + 1 and config["eos_token_id"] == len(learned)
     assert same(gpt2.transposed(published(tmp_path / "folder")), made["weights"])
     assert gpt2.main([str(tmp_path / "folder"), str(tmp_path / "again.pt")]) == 2
 
@@ -192,15 +192,15 @@ def test_shards_are_put_together(tmp_path):
 def test_a_run_starts_from_the_converted_checkpoint(tmp_path, monkeypatch):
     """train.py --init of it  =>  pi_ref is the published model, its positions cut to the context, and results.json says its sizes"""
     ranks = {bytes([b]): b for b in range(256)} | {b"\xff\xff" + i.to_bytes(2, "big"): i for i in range(256, V - 1)}
-    encoding = data.tiktoken.Encoding("gpt2", pat_str=data.PATTERN, mergeable_ranks=ranks, special_tokens={data.END: V - 1})
-    monkeypatch.setattr(data, "gpt2_tokenizer", lambda: encoding)
+    encoding = tokens.tiktoken.Encoding("gpt2", pat_str=tokens.PATTERN, mergeable_ranks=ranks, special_tokens={tokens.END: V - 1})
+    monkeypatch.setattr(tokens, "gpt2_tokenizer", lambda: encoding)
     publish(tmp_path / "in", w := weights(context=64), TINY | dict(n_positions=64))
     assert gpt2.main([str(tmp_path / "in"), str(tmp_path / "c.pt")]) == 0
     pairs = [dict(prompt=f"film {i} is", chosen=" superb", rejected=" dull") for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     flags = ["--init", str(tmp_path / "c.pt"), "--context", "32", "--held-out", "2", "--out", str(tmp_path / "out")]
     assert train.main(["--data", str(tmp_path / "pairs.jsonl"), *flags]) == 0
-    reference = train.read_checkpoint(tmp_path / "out" / "reference.pt")
+    reference = checkpoints.read_checkpoint(tmp_path / "out" / "reference.pt")
     assert same(gpt2.transposed(reference["weights"]), w | {"wpe.weight": w["wpe.weight"][:32]})
     config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
     assert {name: config[name] for name in reference["config"]} == reference["config"] == dict(
@@ -300,9 +300,9 @@ def refused(argv: list[str], folder: Path, capsys, monkeypatch) -> str:
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_folder_is_one_clear_line_that_names_it_and_nothing_is_written(what, tmp_path, capsys, monkeypatch):
-    files, says = BAD[what]
+    changed, says = BAD[what]
     (tmp_path / "in").mkdir()
-    for name, content in ({"config.json": config(), BIN: GOOD} | files).items():
+    for name, content in ({"config.json": config(), BIN: GOOD} | changed).items():
         if content is not None:
             (tmp_path / "in" / name).write_bytes(content)
     line = refused(["in", "out.pt"], tmp_path, capsys, monkeypatch)
@@ -334,8 +334,8 @@ def test_what_is_there_is_never_overwritten(out, tmp_path, capsys, monkeypatch):
 def both(tmp_path) -> Path:
     """A folder with a published model, and a checkpoint of ours."""
     publish(tmp_path / "in", weights())
-    tokens = data.tokens_of(data.learn_tokenizer(["the plot is superb."], 270))
-    torch.save(train.checkpoint(GPT(GPTConfig(len(tokens) + 1, 32, 1, 2, 128)), tokens), tmp_path / "ours.pt")
+    learned = tokens.tokens_of(tokens.learn_tokenizer(["the plot is superb."], 270))
+    torch.save(checkpoints.checkpoint(GPT(GPTConfig(len(learned) + 1, 32, 1, 2, 128)), learned), tmp_path / "ours.pt")
     return tmp_path
 
 
@@ -370,7 +370,7 @@ def test_any_bytes_are_a_sound_model_or_one_clear_line(tmp_path):
             pi = GPT(GPTConfig(**ours["config"]))
             pi.load_state_dict(ours["weights"])
             assert pi(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2, V)
-        except data.BadInput as e:
+        except files.BadInput as e:
             assert str(folder) in str(e)
         finally:
             (folder / name).write_bytes(good)
@@ -391,7 +391,7 @@ def test_transformers_computes_the_same_logits_from_what_either_wrote(layout, tm
         torch.save(theirs.state_dict(), tmp_path / "in" / BIN)
     assert gpt2.main([str(tmp_path / "in"), str(tmp_path / "ours.pt")]) == 0
     assert gpt2.main([str(tmp_path / "ours.pt"), str(tmp_path / "folder")]) == 0
-    ours = train.load(train.read_checkpoint(tmp_path / "ours.pt"), torch.device("cpu"))
+    ours = checkpoints.load(checkpoints.read_checkpoint(tmp_path / "ours.pt"), torch.device("cpu"))
     ours.bf16 = False
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "folder").eval()
     assert again.generation_config.eos_token_id == V - 1

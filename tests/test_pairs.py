@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 import data
 import dpo
 from beyond import pairs
+from kit import tokens
 from model import sample
 from worlds import (END, World, assert_at_most, assert_same, enumerated, gpt, mean, mild_worlds, policy,
                     population, population_loss, responses, seeds, small_worlds, standard_errors, uniform, worlds)
 
-LETTERS = data.tokenizer_of([b"a", b"b"])                       # the tokens of worlds.py, whose end token is END
+LETTERS = tokens.tokenizer_of([b"a", b"b"])                       # the tokens of worlds.py, whose end token is END
 
 
 def letters(texts: list[str]) -> torch.Tensor:

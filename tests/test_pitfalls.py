@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import data
 import dpo
 import train
+from kit import files, tokens
 from model import GPT, GPTConfig
 from worlds import (END, LN_2, V, Bigram, assert_same, betas, bigram, gpt, log_probability, preferences, responses,
                     rewards, rows, seeds, triplets, uniform)
@@ -27,7 +28,7 @@ from worlds import (END, LN_2, V, Bigram, assert_same, betas, bigram, gpt, log_p
 SINGLE = 1e-5
 
 
-TOKENIZER = data.learn_tokenizer(data.toy_reviews(300, 0), 400)
+TOKENIZER = tokens.learn_tokenizer(data.toy_reviews(300, 0), 400)
 
 
 def steps(pi, batch, loss, optimizer, n=1, **options) -> list[dict]:
@@ -252,7 +253,7 @@ def test_result_is_made_again_iff_something_it_depends_on_changed(tmp_path):
 
     def run(**changes):
         made.clear()
-        stage = train.Stages(tmp_path, dataclasses.replace(SETTINGS, **changes))
+        stage = files.Stages(tmp_path, dataclasses.replace(SETTINGS, **changes), {})
         for name, needs in (("reference", "seed"), ("scores", "reference prompts")):
             value = f"{name} of seed {stage.settings.seed}"
             assert stage(name, needs, lambda: made.append(name) or value) == value
@@ -260,7 +261,7 @@ def test_result_is_made_again_iff_something_it_depends_on_changed(tmp_path):
     changes = [{}, {}, dict(rate=1.0), dict(prompts=1), dict(prompts=1, seed=1)]
     assert [run(**c) for c in changes] == [["reference", "scores"], [], [], ["scores"], ["reference", "scores"]]
     torch.save("another reference", tmp_path / "reference.pt")
-    with pytest.raises(data.BadInput, match="reference.pt"):
+    with pytest.raises(files.BadInput, match="reference.pt"):
         run(**changes[-1])
     (tmp_path / "reference.pt").unlink()
     assert run(**changes[-1]) == ["reference"]                  # the same again, so the scores are still its own
@@ -296,7 +297,8 @@ def test_unknown_flag_is_an_error():
 
 def test_every_flag_and_setting_is_read():
     """Each flag sets a setting or is read by main, and each setting is read by some stage: none is dead.  pitfall 29"""
-    source = Path(train.__file__).read_text(encoding="utf-8")
+    root = Path(train.__file__).parent
+    source = "".join((root / name).read_text(encoding="utf-8") for name in ("train.py", "data.py", "kit/own.py"))
     args, settings = train.parse([])
     names = {field.name for field in dataclasses.fields(settings)}
     assert set(vars(args)) <= names | set(re.findall(r"args\.(\w+)", source))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dpo
 from beyond import ppo
-from worlds import (CONTEXT, END, PROMPTS, V, assert_same, betas, enumerated, gpt, kl, preferences, responses, rows, seeds, triplets,
+from worlds import (CONTEXT, END, PROMPTS, V, assert_same, enumerated, gpt, kl, preferences, responses, rows, seeds, triplets,
                     uniform)
 
 lams = st.integers(0, 10).map(lambda k: k / 10)
@@ -186,12 +186,12 @@ def trained():
 
 
 def test_ppo_with_the_true_reward_approaches_the_optimal_policy(trained):
-    """PPO-GT, beta held  =>  KL(pi_theta, pi_r) is at most a fortieth of KL(pi_ref, pi_r), for each prompt.  Eq. 4"""
+    """PPO-GT, beta held  =>  KL(pi_theta, pi_r) is at most a thirtieth of KL(pi_ref, pi_r), for each prompt.  Eq. 4"""
     pi_ref, exact, pi_theta, _ = trained
     for x in PROMPTS:
         ref, found = enumerated(pi_ref, x), enumerated(pi_theta, x)
         pi_r, _ = dpo.optimal_policy(ref, exact[tuple(x)], 1.0)
-        assert kl(found, pi_r) < kl(ref, pi_r) / 40
+        assert kl(found, pi_r) < kl(ref, pi_r) / 30
 
 
 def test_what_ppo_reports_is_what_enumeration_says(trained):

@@ -18,6 +18,7 @@ import torch
 import data
 import dpo
 import train
+from kit import checkpoints, estimates, files, tokens
 from model import GPT, GPTConfig
 
 ROOT = Path(train.__file__).parent
@@ -63,8 +64,7 @@ def test_the_experiment_writes_all_that_it_promises(out):
 
 def test_triplets_of_a_run_are_its_samples_and_its_rewards(out):
     triplets = [json.loads(line) for line in open(out / "triplets.jsonl", encoding="utf-8")]
-    tokens = torch.load(out / "world.pt", weights_only=True)["tokens"]
-    tokenizer = data.tokenizer_of(tokens)
+    tokenizer = tokens.tokenizer_of(torch.load(out / "world.pt", weights_only=True)["tokens"])
     for t in triplets:
         for name in ("chosen", "rejected"):
             assert t[name] == data.text_of(t[name + "_ids"], tokenizer)
@@ -221,13 +221,13 @@ def test_checkpoint_is_the_reference_as_it_is_or_fine_tuned_further(tmp_path):
     path, first = own(tmp_path / "own.jsonl"), tmp_path / "first"
     flags = f"--data {path} --beta 1 --batch 8".split()
     assert train.main([*flags, "--context", "48", "--steps", "20", "--vocab-size", "300", "--out", str(first)]) == 0
-    before = train.read_checkpoint(first / "reference.pt")["weights"]
+    before = checkpoints.read_checkpoint(first / "reference.pt")["weights"]
     for more in ([], ["--steps", "3"]):
         out = tmp_path / f"then{len(more)}"
         assert train.main([*flags, "--init", str(first / "reference.pt"), "--context", "40", *more, "--out", str(out)]) == 0
-        after = train.read_checkpoint(out / "reference.pt")
+        after = checkpoints.read_checkpoint(out / "reference.pt")
         assert after["config"]["context"] == 40 and torch.equal(after["weights"]["wte.weight"], before["wte.weight"]) == (not more)
-    policy = train.read_checkpoint(first / "dpo-1.0.pt")["weights"]              # pi_theta can be started from as well
+    policy = checkpoints.read_checkpoint(first / "dpo-1.0.pt")["weights"]              # pi_theta can be started from as well
     assert not torch.equal(policy["wte.weight"], before["wte.weight"])
 
 
@@ -263,12 +263,12 @@ def test_like_lengths_is_one_pass_over_all_rows():
 
 def test_packing_is_undone_by_unpacking():
     lists = [[1, 2, 3], [], [4]]
-    assert train.unpack(train.pack(lists)) == lists
+    assert files.unpack(files.pack(lists)) == lists
 
 
 def test_fine_tuning_lowers_the_loss_from_the_uniform_one():
     settings = train.Settings(steps=150, rows=16)
-    tokenizer = data.learn_tokenizer(data.toy_reviews(500, 0), 400)
+    tokenizer = tokens.learn_tokenizer(data.toy_reviews(500, 0), 400)
     openings = data.openings(data.toy_reviews(500, 0), tokenizer, 24)
     torch.manual_seed(0)
     pi = train.fine_tune(GPT(GPTConfig(tokenizer.n_vocab, 24, 1, 2, 32)), openings, settings)
@@ -278,9 +278,9 @@ def test_fine_tuning_lowers_the_loss_from_the_uniform_one():
 
 def test_a_large_reward_at_no_kl_is_a_fraction_above_one_and_none_beyond_trust():
     r = torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
-    curve, ref = train.optimal_curve(r), r.double().mean(1).numpy()
-    fraction = lambda gain, kl: train.fraction_of_optimal(curve, ref, ref + gain, np.full(20, kl))[0]
-    at = int(np.argmin(np.abs(train.BETAS - 2)))
+    curve, ref = estimates.optimal_curve(r), r.double().mean(1).numpy()
+    fraction = lambda gain, kl: estimates.fraction_of_optimal(curve, ref, ref + gain, np.full(20, kl))[0]
+    at = int(np.argmin(np.abs(estimates.BETAS - 2)))
     gain, kl = curve["reward"][at].mean() - ref.mean(), curve["kl"][at].mean()
     assert fraction(gain, kl) == pytest.approx(1) and fraction(gain / 2, kl) == pytest.approx(0.5)
     assert fraction(2 * gain, kl) == pytest.approx(2)
@@ -297,10 +297,10 @@ def test_gpt2s_encoding_can_be_chosen(tmp_path):
 def test_gpt2s_encoding_out_of_reach_is_one_clear_error(monkeypatch):
     def unreachable(name):
         raise ConnectionError
-    monkeypatch.setattr(data.tiktoken, "get_encoding", unreachable)
-    data.gpt2_tokenizer.cache_clear()
-    with pytest.raises(data.BadInput, match="TIKTOKEN_CACHE_DIR"):
-        data.gpt2_tokenizer()
+    monkeypatch.setattr(tokens.tiktoken, "get_encoding", unreachable)
+    tokens.gpt2_tokenizer.cache_clear()
+    with pytest.raises(files.BadInput, match="TIKTOKEN_CACHE_DIR"):
+        tokens.gpt2_tokenizer()
 
 
 def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():

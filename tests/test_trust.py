@@ -23,6 +23,7 @@ from hypothesis import given, settings, strategies as st
 
 import data
 import train
+from kit import checkpoints, files, own, tokens
 
 ROOT = Path(train.__file__).parent
 TINY = "--reviews 300 --steps 8 --prompts 24 --held-out 4 --samples 64 --batch 8 --beta 0.5 2".split()
@@ -62,8 +63,8 @@ class Executed:
         return Path("executed").touch, ()
 
 
-TOKENS = data.tokens_of(data.learn_tokenizer(["the plot is superb."], 270))
-GOOD = train.checkpoint(train.GPT(train.GPTConfig(len(TOKENS) + 1, 32, 1, 2, 8)), TOKENS)
+TOKENS = tokens.tokens_of(tokens.learn_tokenizer(["the plot is superb."], 270))
+GOOD = checkpoints.checkpoint(train.GPT(train.GPTConfig(len(TOKENS) + 1, 32, 1, 2, 8)), TOKENS)
 
 
 def with_config(**changes) -> bytes:
@@ -195,13 +196,13 @@ def test_bad_flag_is_one_clear_line_that_names_it(flags, tmp_path, capsys, monke
 class Arriving(io.BytesIO):
     """What urlopen gives: bytes that are not the archive."""
     def geturl(self) -> str:
-        return data.ARCHIVE
+        return files.ARCHIVE
 
 
 @pytest.mark.parametrize("arrived", [b"", b"cut off", bytes(1 << 20)])
 def test_download_with_a_wrong_checksum_is_one_clear_line_and_leaves_nothing(arrived, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Arriving(arrived))
+    monkeypatch.setattr(files.urllib.request, "urlopen", lambda url, timeout: Arriving(arrived))
     assert "size or md5 differs" in refused(["--data", "imdb", "--out", "out"], tmp_path, capsys, monkeypatch)
     assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / "cache" / "aclImdb_v1.tar.gz").write_bytes(arrived)
@@ -214,7 +215,7 @@ def test_download_that_fails_is_one_clear_line_and_leaves_nothing(error, tmp_pat
     def urlopen(url, timeout):
         raise error
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(files.urllib.request, "urlopen", urlopen)
     assert "--imdb PATH" in refused(["--data", "imdb", "--out", "out"], tmp_path, capsys, monkeypatch)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -281,7 +282,7 @@ def test_second_run_in_a_folder_stops_and_a_killed_one_does_not_keep_it(tmp_path
 
 def test_other_preferences_in_the_same_folder_are_never_mixed_with_what_was_made_of_the_first(tmp_path):
     """A run whose file, checkpoint or seed changed gives what it gives in an empty folder, even where the reference is the same."""
-    (tmp_path / "init.pt").write_bytes(saved(train.checkpoint(train.GPT(train.GPTConfig(len(TOKENS) + 1, 64, 1, 2, 8)), TOKENS)))
+    (tmp_path / "init.pt").write_bytes(saved(checkpoints.checkpoint(train.GPT(train.GPTConfig(len(TOKENS) + 1, 64, 1, 2, 8)), TOKENS)))
     flags = ["--init", str(tmp_path / "init.pt"), "--context", "64", "--beta", "1", "--batch", "4"]
     turned = [p | dict(chosen=p["rejected"], rejected=p["chosen"]) for p in pairs()]
     for rows, where in ((pairs(), "one"), (turned, "one"), (turned, "two")):
@@ -319,7 +320,7 @@ def test_file_that_was_replaced_or_damaged_is_refused_and_made_again_once_delete
 def test_full_disk_is_one_clear_line_and_what_was_there_stays(tmp_path):
     """No file may grow beyond 100 kB, which the world does not reach and the reference does."""
     resource = pytest.importorskip("resource")
-    data.write(tmp_path / "results.json", b"precious")
+    files.write(tmp_path / "results.json", b"precious")
     done = subprocess.run([sys.executable, ROOT / "train.py", *TINY, "--out", tmp_path], capture_output=True, text=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("train.py: ")
@@ -371,14 +372,14 @@ def use(found: dict):
     """A checkpoint's model predicts, and its tokenizer encodes any text: what was let in is sound."""
     pi = train.GPT(train.GPTConfig(**found["config"]))
     pi.load_state_dict(found["weights"])
-    assert data.tokenizer_of(found["tokens"]).decode(data.tokenizer_of(found["tokens"]).encode_ordinary("é¥\0 a")) == "é¥\0 a"
+    assert tokens.tokenizer_of(found["tokens"]).decode(tokens.tokenizer_of(found["tokens"]).encode_ordinary("é¥\0 a")) == "é¥\0 a"
     assert pi(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2, pi.config.vocab_size)
 
 
-READERS = {"JSON lines": (data.read_pairs, lines(pairs(6)), lambda found: None),
+READERS = {"JSON lines": (own.read_pairs, lines(pairs(6)), lambda found: None),
            "archive": (data.read_imdb, members(), lambda found: None),
            "unpacked archive": (data.read_imdb, gzip.decompress(members()), lambda found: None),
-           "checkpoint and tokenizer": (train.read_checkpoint, saved(GOOD), use)}
+           "checkpoint and tokenizer": (checkpoints.read_checkpoint, saved(GOOD), use)}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -393,7 +394,7 @@ def test_reader_of_any_bytes_succeeds_or_says_one_clear_line(reader, tmp_path_fa
         began = time.perf_counter()
         try:
             use(read(path))
-        except data.BadInput as e:
+        except files.BadInput as e:
             assert str(path) in str(e)
         assert time.perf_counter() - began < 5 and path.read_bytes() == content
     path.write_bytes(good)
@@ -404,5 +405,5 @@ def test_reader_of_any_bytes_succeeds_or_says_one_clear_line(reader, tmp_path_fa
 @pytest.mark.parametrize("change", [lambda t: t[:200], lambda t: t + [b"a"], lambda t: [*t[:-1], 5], lambda t: "abc", lambda t: {}])
 def test_tokenizer_of_other_tokens_is_refused(change, tmp_path):
     (tmp_path / "c.pt").write_bytes(saved(GOOD | dict(tokens=change(TOKENS))))
-    with pytest.raises(data.BadInput, match="c.pt"):
-        train.read_checkpoint(tmp_path / "c.pt")
+    with pytest.raises(files.BadInput, match="c.pt"):
+        checkpoints.read_checkpoint(tmp_path / "c.pt")

@@ -1,0 +1,1 @@
+"""What the experiment needs and the paper does not speak of: files, tokens, checkpoints, the terminal, the report."""
