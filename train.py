@@ -33,7 +33,7 @@ from kit.checkpoints import bf16_pays, checkpoint, load, read_checkpoint
 from kit.estimates import BETAS, along, best_of_each_n, finite, fraction_of_optimal, mean_se, optimal_curve
 from kit.files import BadInput, Stages, checksum, pack, unpack
 from kit.own import encode_pairs, own_world
-from kit.terminal import Parser, between, exit_code, peak_memory, usable_device
+from kit.terminal import exit_code, flags, peak_memory
 from kit.tokens import gpt2_tokenizer, learn_tokenizer, tokenizer_of, tokens_of
 from model import GPT, GPTConfig, sample
 
@@ -73,8 +73,7 @@ IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=4
 OWN = IMDB | dict(beta=(0.1,), context=256, steps=500, rows=16, answers=4)
 
 
-# ----------------------------------------------------------------------------- the stages, in the experiment's order
-
+# ----------------------------------------------------------------------------- pi_ref, and how models are run
 
 def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
     if settings.init:
@@ -452,35 +451,8 @@ def results_of(e: Experiment, points: list[dict]) -> dict:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = Parser(
-        prog="train.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Run again, finished stages are kept; a changed setting redoes what depends on it. Nothing is written outside\n"
-               "--out but downloads and matplotlib's list of fonts, which go to ~/.cache/dpo, or the folder that the environment variable DPO_CACHE names.")
-    add, count = parser.add_argument, between(1, 10 ** 7, int)
-    add("--data", default="toy", metavar="{toy,imdb,PATH}", help="the grammar's reviews (default), IMDb's, or preferences of your "
-        "own: one JSON object a line with the strings prompt, chosen, rejected")
-    add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
-    add("--init", metavar="PATH", help="a checkpoint to start from: out/reference.pt or out/dpo-BETA.pt of another run. With "
-        "preferences of your own it is pi_ref as it is, unless --steps asks for fine-tuning")
-    add("--tokenizer", choices=("reviews", "gpt2"), help="learned from the texts (default), or GPT-2's, which tiktoken downloads once")
-    add("--vocab-size", type=between(257, 10 ** 6, int), metavar="N", help="of the tokenizer that is learned: 256 bytes, "
-        "the end token, and what is merged")
-    add("--context", type=between(8, 65536, int), metavar="N", help="tokens that the model sees, prompt and response together")
-    add("--labels", choices=("bt", "soft", "argmax"), help="drawn from Bradley-Terry (default), their expectation, the paper's")
-    add("--beta", type=between(1e-4, 1e4), nargs="+", metavar="B", help="the price of a nat of KL; one DPO run each")
-    add("--seed", type=between(0, 2 ** 32 - 1, int), metavar="N", help="of everything that is drawn (default 0)")
-    add("--reviews", type=count, metavar="N", help="that pi_ref is fine-tuned on")
-    add("--steps", type=between(0, 10 ** 7, int), metavar="N", help="of fine-tuning")
-    add("--prompts", type=count, metavar="N", help="that preferences are collected on")
-    add("--rate", type=between(1e-12, 1e12), help="DPO's peak learning rate at beta 1; it is scaled by beta^-1.25")
-    add("--batch", type=count, metavar="N", help="prompts in a step of DPO")
-    add("--held-out", type=between(2, 10 ** 5, int), metavar="N", help="prompts of the evaluation")
-    add("--samples", type=between(8, 10 ** 4, int), metavar="N", help="of pi_ref for each held-out prompt, a multiple of 4; "
-        "more extend the trusted curve")
-    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps (default: "
-        "%(default)s)")
-    add("--out", type=Path, default=Path("out"), help="the folder of everything that is written (default: %(default)s)")
-    add("--show", action="store_true", help="print one triplet token by token, its mask in brackets, and stop")
+    """Errors: SystemExit 2 with one line, for flags that have no meaning together."""
+    parser = flags(__doc__, Settings(), Settings(**IMDB))
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name, None) is not None}
     own = args.data not in ("toy", "imdb")

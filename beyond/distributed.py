@@ -300,7 +300,11 @@ def main(argv: list[str]) -> int:
             args, settings = found
             experiment(args, settings)
     except (Exception, KeyboardInterrupt) as e:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # torchrun sends one more than the terminal
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)            # torchrun sends one more than the terminal
+        except KeyboardInterrupt as late:                           # that had to wait until a collective failed
+            e = late
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         code = 130 if isinstance(e, KeyboardInterrupt) else 2
         with contextlib.suppress(dist.DistError):       # the store is gone with rank 0, which failed first then
             if store.add("failures", 1) == 1:

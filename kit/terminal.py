@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,58 @@ def usable_device(name: str) -> torch.device:
         return torch.zeros(1, device=name).cpu().to(name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine; try cpu") from None
+
+
+EPILOG = """examples:
+  train.py                                                  the toy world: half a minute on two cores
+  train.py --data imdb --imdb aclImdb_v1.tar.gz             IMDb: twelve minutes
+  train.py --data imdb --labels argmax --seed 1 --out out1  labelled as in the paper, another seed
+  train.py --data pairs.jsonl --beta 0.1 --context 512      preferences of your own
+  train.py --show                                           what a preference looks like, and which tokens count
+
+Under --out it writes figure.png, samples.html and samples.txt, results.json, triplets.jsonl, and the models reference.pt and
+dpo-BETA.pt. Run again, finished stages are kept; a changed setting redoes what depends on it. Nothing else is written but
+downloads and matplotlib's list of fonts: to ~/.cache/dpo, or the folder that the environment variable DPO_CACHE names.
+Exit codes: 0; 2 for an input that cannot be used, said in one line; 130 if interrupted."""
+
+
+def flags(doc: str, toy: object, imdb: object) -> Parser:
+    """What `train.py --help` shows, with the numbers of both worlds' settings."""
+    count = between(1, 10 ** 7, int)
+    parser = Parser(prog="train.py", usage="train.py [flags]", description=doc, epilog=EPILOG, allow_abbrev=False,
+                    formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27))
+
+    def number(group, name: str, kind: Callable, text: str):
+        both = (str(getattr(settings, name.replace("-", "_"))).strip("()").replace(",", "") for settings in (toy, imdb))
+        group.add_argument(f"--{name}", type=kind, metavar="N", nargs="+" if name == "beta" else None,
+                           help=text + " (toy {}, imdb {})".format(*both))
+    g = parser.add_argument_group("what to run")
+    g.add_argument("--data", default="toy", metavar="{toy,imdb,PATH}", help="the grammar's reviews (default), IMDb's, or "
+                   "preferences of your own: one JSON object a line with the strings prompt, chosen, rejected")
+    g.add_argument("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
+    number(g, "beta", between(1e-4, 1e4), "the price of a nat of KL; one DPO run each")
+    number(g, "seed", between(0, 2 ** 32 - 1, int), "of everything that is drawn")
+    g.add_argument("--show", action="store_true", help="print one triplet token by token, its mask in brackets, and stop")
+    g = parser.add_argument_group("pi_ref")
+    g.add_argument("--init", metavar="PATH", help="a checkpoint to start from: reference.pt or dpo-BETA.pt of another run, or one "
+                   "of beyond/gpt2.py. With preferences of your own it is pi_ref as it is, unless --steps asks for fine-tuning")
+    g.add_argument("--tokenizer", choices=("reviews", "gpt2"), help="learned from the texts (default), or GPT-2's, which tiktoken downloads once")
+    number(g, "vocab-size", between(257, 10 ** 6, int), "of the tokenizer that is learned: 256 bytes, the end token, and what is merged")
+    number(g, "context", between(8, 65536, int), "tokens that the model sees, prompt and response together")
+    number(g, "reviews", count, "that it is fine-tuned on")
+    number(g, "steps", between(0, 10 ** 7, int), "of fine-tuning")
+    g = parser.add_argument_group("preferences and DPO")
+    number(g, "prompts", count, "that preferences are collected on")
+    g.add_argument("--labels", choices=("bt", "soft", "argmax"), help="drawn from Bradley-Terry (default), their expectation, the paper's")
+    number(g, "batch", count, "prompts in a step")
+    number(g, "rate", between(1e-12, 1e12), "peak learning rate at beta 1; it is scaled by beta^-1.25")
+    g = parser.add_argument_group("evaluation")
+    number(g, "held-out", between(2, 10 ** 5, int), "prompts")
+    number(g, "samples", between(8, 10 ** 4, int), "of pi_ref for each, a multiple of 4; more extend the trusted curve")
+    g = parser.add_argument_group("machine")
+    g.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps (default: %(default)s)")
+    g.add_argument("--out", type=Path, default=Path("out"), help="the folder of everything that is written (default: %(default)s)")
+    return parser
 
 
 def exit_code(prog: str, out: Path, work: Callable[[], str | None], see: str = "") -> int:
