@@ -18,19 +18,15 @@ def runs(world: str) -> list[dict]:
 
 
 def rows(world: str) -> list[str]:
-    """One row of the README's table for each beta: mean and, over several seeds, standard deviation."""
-    found = runs(world)
-    lines = []
-    for points in zip(*(run["points"] for run in found)):
+    """The README's table: pi_ref, and each beta; mean and standard deviation over seeds."""
+    found, lines = runs(world), []
+    for name, points in [("π_ref", [run["reference"] | dict(kl=0.0) for run in found]),
+                         *((f"{points[0]['beta']:g}", points) for points in zip(*(run["points"] for run in found)))]:
         cells = []
-        for name in "reward optimal_reward kl optimal_kl win_rate reward_slope reward_r2 fraction_of_optimal".split():
-            values = [p[name] for p in points]
-            if None in values:
-                cells.append("-")
-            else:
-                spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.2f}{spread}")
-        lines.append(f"| {points[0]['beta']:g} | " + " | ".join(cells) + " |")
+        for what in "reward optimal_reward kl optimal_kl win_rate reward_slope reward_r2 fraction_of_optimal".split():
+            values = [p.get(what) for p in points]
+            cells.append("-" if None in values else "0" if not any(values) else f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -86,3 +82,19 @@ def test_every_test_that_the_readme_names_exists():
     defined = {name for path in ROOT.glob("tests/test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)}
     named = set(re.findall(r"`(test_\w+)`", README))
     assert named and named <= defined, named - defined
+
+
+def test_quoted_samples_are_those_of_the_results():
+    """The README's samples  =>  lines of results/*/samples.txt"""
+    quoted = re.findall(r"```text\n(.*?)```", README, re.S)
+    assert len(quoted) == 2
+    for text, world in zip(quoted, ("toy-0", "imdb-0")):
+        assert text.strip("\n") in (ROOT / "results" / world / "samples.txt").read_text(encoding="utf-8")
+
+
+def test_the_core_does_without_what_is_beyond():
+    """dpo, model, data, train and kit  =>  no import of beyond/; dpo and model import nothing of the project"""
+    sources = {path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.py"), *ROOT.glob("kit/*.py"))}
+    assert not any(re.search(r"^\s*(from|import) beyond", source, re.M) for source in sources.values())
+    for name in ("dpo.py", "model.py"):
+        assert not re.search(r"^\s*(from|import) (kit|data|train|model|dpo)\b", sources[ROOT / name], re.M)
