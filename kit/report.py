@@ -130,7 +130,7 @@ def samples_html(title: str, names: list[str], prompts: list[str], cells: list[l
         words = text.split()
         worth = sentiment([*words, ""]).tolist() if sentiment else [0.0] * (len(words) + 1)
         return " ".join(word if abs(v) < 0.05 else
-                        f'<span style="background:rgba({"27,108,168" if v > 0 else "217,95,2"},{min(1.0, abs(v) / 2):.2f})">{word}</span>'
+                        f'<span style="background:rgba({"27,108,168" if v > 0 else "217,95,2"},{min(0.6, abs(v) / 3):.2f})">{word}</span>'
                         for word, v in zip(map(html.escape, words), (v - worth[-1] for v in worth)))
 
     def cell(text: str, r: float | None, prompt: str) -> str:
@@ -169,6 +169,7 @@ def summary(results: dict) -> str:
     if not known:
         return "\n".join((*lines, direction + f"Held-out pairs ordered as labelled: {max(p['pair_accuracy'] for p in points):.0%}."))
     fractions = [p["fraction_of_optimal"] for p in points if p["fraction_of_optimal"] is not None]
-    return "\n".join((*lines, direction + (
-        f"Of the gain that is possible at its KL, DPO reached {min(fractions):.0%} to {max(fractions):.0%}." if fractions
-        else f"No KL is within what {results['config']['samples']} samples can tell of the optimum.")))
+    if not fractions:
+        return "\n".join((*lines, direction + f"No KL is within what {results['config']['samples']} samples can tell of the optimum."))
+    least_and_most = dict.fromkeys(f"{fraction:.0%}" for fraction in (min(fractions), max(fractions)))
+    return "\n".join((*lines, direction + f"Of the gain that is possible at its KL, DPO reached {' to '.join(least_and_most)}."))
