@@ -146,11 +146,12 @@ class Sentiment:
 
     @classmethod
     def train(cls, texts: list[str], positive: list[bool], seed: int = 0, epochs: int = 10) -> "Sentiment":
+        """Cross-entropy on texts and whether each is positive, by Adagrad."""
         rng = np.random.default_rng(seed)
         words = [cls.words(text) for text in texts]
         target = torch.tensor(positive, dtype=torch.float32)
         weight, bias = torch.zeros(cls.SIZE, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
-        torch.sparse.check_sparse_tensor_invariants.disable()       # the default, which torch wants said
+        torch.sparse.check_sparse_tensor_invariants.disable()       # as it is; said, or torch warns
         optimizer = torch.optim.Adagrad([weight, bias], lr=0.3)
         for _ in tqdm(range(epochs), desc="training the reward"):
             for rows in np.array_split(rng.permutation(len(words)), max(1, len(words) // 256)):
@@ -173,12 +174,9 @@ class Sentiment:
         return F.embedding_bag(ids, self.weight, offsets, mode="sum", per_sample_weights=share).squeeze(1) + self.bias
 
 
-# Words keep their space, as GPT-2's do. No piece is longer than 40 characters, since learning from one takes the square of it.
-
-
 def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> list[list[int]]:
     """The ids of each review's first sentences, as many as fit in the context with the end token that closes them.
-    Reviews whose first sentence is too long, or that are shorter than 5 tokens, are left out."""
+    Reviews of which no 5 tokens or more can be kept so are left out."""
     tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
     closes = [re.search(rb"[.!?][\"')]*$", token) is not None for token in tokens]
     found = []
@@ -193,12 +191,12 @@ def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> 
 
 # ----------------------------------------------------------------------------- prompts and preference triplets
 
-def prompts_of(openings: list[list[int]], tokenizer: tiktoken.Encoding, rng: random.Random) -> list[list[int]]:
+def prompts_of(texts: list[list[int]], tokenizer: tiktoken.Encoding, rng: random.Random) -> list[list[int]]:
     """A prompt for each opening: its first 2 to 8 tokens, ending where a word does (the next token starts with a space).
     Openings that offer no such place are left out."""
     spaced = [tokenizer.decode_single_token_bytes(i).startswith(b" ") for i in range(tokenizer.n_vocab)]
-    places = [[n for n in range(2, min(9, len(ids))) if spaced[ids[n]]] for ids in openings]
-    return [ids[:rng.choice(place)] for ids, place in zip(openings, places) if place]
+    places = [[n for n in range(2, min(9, len(ids))) if spaced[ids[n]]] for ids in texts]
+    return [ids[:rng.choice(place)] for ids, place in zip(texts, places) if place]
 
 
 def preferences(prompts: list[list[int]], completions: list[list[list[int]]], rewards: Tensor, tokenizer: tiktoken.Encoding,
@@ -217,7 +215,7 @@ def preferences(prompts: list[list[int]], completions: list[list[list[int]]], re
                 continue
             tie = r[i] == r[j]
             counts["ties"] += tie
-            p = (1 + math.tanh((r[i] - r[j]) / 2)) / 2          # Eq. 1
+            p = (1 + math.tanh((r[i] - r[j]) / 2)) / 2          # Eq. 1, where exp could overflow
             if labels == "soft":
                 orders = [(i, j, p), (j, i, 1 - p)]
             elif labels == "bt":
@@ -297,7 +295,8 @@ def imdb_world(settings, choose: Choose) -> dict:
     judges, accuracy = {}, {}
     for name, trained_on in dict(reward="train", judge="test").items():
         texts = reviews[f"{trained_on}/pos"] + reviews[f"{trained_on}/neg"]
-        judges[name] = Sentiment.train(texts, [i < len(reviews[f"{trained_on}/pos"]) for i in range(len(texts))], settings.seed)
+        positive = [True] * len(reviews[f"{trained_on}/pos"]) + [False] * len(reviews[f"{trained_on}/neg"])
+        judges[name] = Sentiment.train(texts, positive, settings.seed)
     texts = reviews["test/pos"] + reviews["test/neg"]
     positive = torch.arange(len(texts)) < len(reviews["test/pos"])
     words = [text.split() for text in texts]
@@ -306,7 +305,8 @@ def imdb_world(settings, choose: Choose) -> dict:
         accuracy[name] = ((judges["reward"](snippets) > 0) == positive).float().mean().item()
     print("the true reward's accuracy on test reviews: {whole:.3f} whole, {words_20:.3f} on 20 words".format(**accuracy))
     fine_tune = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
-    rng.shuffle(fine_tune), rng.shuffle(texts)
+    rng.shuffle(fine_tune)
+    rng.shuffle(texts)
     tokenizer = choose(fine_tune[:8_000])
     n = len(texts) // 10
     world = split(tokenizer, fine_tune[:settings.reviews], texts[n:], texts[:n], settings)
@@ -324,7 +324,8 @@ def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str]
     prompts = [x for x in prompts_of(asked, tokenizer, rng) if tuple(x) not in taken][:settings.prompts]
     if not tuned or not prompts or len(held) < settings.held_out:
         raise BadInput(f"too few reviews that fit in --context {settings.context}: {len(tuned)} openings to fine-tune on, "
-                       f"{len(prompts)} prompts, {len(held)} of {settings.held_out} held-out ones; lower --held-out, or give more reviews")
+                       f"{len(prompts)} prompts, {len(held)} of {settings.held_out} held-out ones; "
+                       "lower --held-out, or give more reviews")
     if len(prompts) < settings.prompts:
         print(f"only {len(prompts):,} of {settings.prompts:,} prompts: there are no more reviews")
     return dict(tokens=tokens_of(tokenizer), fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held),

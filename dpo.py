@@ -2,14 +2,16 @@
 
 Rafailov, Sharma, Mitchell, Ermon, Manning, Finn (2023), arXiv 2305.18290 v3, whose equation numbers are used throughout:
 
-    L_DPO = -E log s( beta log pi_theta(y_w|x) / pi_ref(y_w|x)  -  beta log pi_theta(y_l|x) / pi_ref(y_l|x) )         (7)
+    L_DPO = -E log sigma( beta log pi_theta(y_w|x) / pi_ref(y_w|x)  -  beta log pi_theta(y_l|x) / pi_ref(y_l|x) )         (7)
 
     symbol      in the paper      here
     x           prompt            ids before the mask
     y_w, y_l    the preferred and the dispreferred response: ids under the mask, chosen by an index into K completions
     pi_theta    the policy being trained            pi_ref   the frozen reference it starts from
-    beta        the price of a nat of KL            s        the logistic function
+    beta        the price of a nat of KL            sigma    the logistic function
     r, r_hat    true and implicit reward, in nats   Z        the partition function (Eq. 4)
+
+An nn.Module pi_theta or pi_ref is the policy itself; a tensor of that name holds its log-probabilities.
 
 Choices, where code in public has gone both ways: a response's log-probability is the *sum* over its tokens, the end token
 among them where the model emitted it, and never the prompt's; log-softmax and sums are in float32 (or float64)
@@ -65,7 +67,7 @@ def optimal_policy(pi_ref: Tensor, r: Tensor, beta: float | Tensor) -> tuple[Ten
     return tilted - log_Z[..., None], log_Z
 
 
-def frontier(r: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def frontier(r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where Eq. 4 lies if N samples of pi_ref stand for it: rewards r (..., N) -> E r, KL(pi_r, pi_ref) and effective
     sample size 1 / sum pi_r^2, (...) each. The KL cannot pass log N and the reward is biased low, which flatters whoever
     is compared with it: trust it only while the effective sample size is large."""
@@ -127,7 +129,7 @@ class Preferences:
     weight: Tensor      # (n,)      1, or the probability of this order of the pair
 
     def __getitem__(self, prompts: Tensor) -> "Preferences":
-        """The preferences of these prompts alone, numbered anew, no longer than their longest completion."""
+        """The preferences of these prompts alone, numbered anew, cut after their longest prompt and completion."""
         number = torch.full((len(self.ids),), -1, device=prompts.device)
         number[prompts] = torch.arange(len(prompts), device=prompts.device)
         keep = number[self.pairs[:, 0]] >= 0

@@ -32,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int, fused: bool) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                                # (B, nh, T, S)
     future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)                # 0 on what was seen
-    return (scores + future).softmax(-1).to(v.dtype) @ v                                    # softmax is in float32
+    return (scores + future).softmax(-1).to(v.dtype) @ v                                    # softmax in float32 at least
 
 
 class Attention(nn.Module):
@@ -97,7 +97,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, cache: Tensor | None = None, start: int = 0, where=...) -> Tensor:
         """Logits (B, T, V) for ids (B, T) that stand at positions start, start + 1, ...; with a `cache` from
         `new_cache` the start tokens before them are remembered from earlier calls, and ids are remembered for later ones.
-        `where` indexes (B, T), for logits (n, V) at those places alone: with a small GPT they are half the work."""
+        `where` is an index into (B, T), for logits (n, V) at those places alone: a small GPT spends half its time on them."""
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             return self.features(ids, cache, start)[where] @ self.wte.weight.T
 
@@ -122,7 +122,7 @@ ASK_EVERY = dict(cuda=8)        # tokens: to know how many rows have ended, a GP
 @torch.no_grad()
 def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0,
            generator: torch.Generator | None = None) -> list[list[int]]:
-    """Draw one response y ~ pi( . | x) for each prompt x, as lists of ids.
+    """Draw one response y ~ pi( . | x) for each prompt x, as lists of ids, at a temperature above 0.
 
     A response stops with the token `end`, which it then contains, or without it where the context is full. Prompts may
     differ in length: all rows start together at the shortest one's end, and a row still inside its prompt is given its own

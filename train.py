@@ -65,7 +65,7 @@ class Settings:
     answers: int = 96               # of pi_theta for each held-out prompt
 
 
-# Eleven minutes on two cores with bfloat16 units. 4,096 tokens keep most words whole; small batches take more steps from as
+# Twelve minutes on two cores with bfloat16 units. 4,096 tokens keep most words whole; small batches take more steps from as
 # many tokens; a larger rate gains reward and wastes KL.
 IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=4, n_head=6, n_embd=192, reviews=75_000,
             steps=3800, rows=32, prompts=13_000, batch=16, rate=1.6e-3, held_out=64, answers=48)
@@ -76,6 +76,7 @@ OWN = IMDB | dict(beta=(0.1,), context=256, steps=500, rows=16, answers=4)
 # ----------------------------------------------------------------------------- pi_ref, and how models are run
 
 def choose_tokenizer(settings: Settings, texts: list[str]) -> tiktoken.Encoding:
+    """The checkpoint's of --init, GPT-2's, or one that is learned from the texts."""
     if settings.init:
         return tokenizer_of(read_init(settings)["tokens"])
     return gpt2_tokenizer() if settings.tokenizer == "gpt2" else learn_tokenizer(texts, settings.vocab_size)
@@ -150,6 +151,7 @@ def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> It
 
 
 def warm_then_linear(steps: int) -> Callable[[int], float]:
+    """What a rate is multiplied with: it rises over 2 % of the steps, then falls to 0."""
     return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / steps)
 
 
@@ -173,8 +175,8 @@ def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tenso
 
 
 def draw(pi: GPT, prompts: list[list[int]], settings: Settings, tokenizer, purpose: str) -> list[list[int]]:
-    """One response for each prompt, in batches of prompts of like length; each purpose has its own random numbers. A GPT this
-    small leaves a GPU idle unless batches are large."""
+    """One response for each prompt, in batches of prompts of like length. The purpose is what the bar says, and it seeds the
+    random numbers, so that each has its own. A GPT this small leaves a GPU idle unless batches are large."""
     seed = zlib.crc32(f"{settings.seed} {purpose}".encode())
     generator = torch.Generator(pi.wte.weight.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -191,15 +193,20 @@ def in_groups(values: list, size: int) -> list[list]:
     return [values[i:i + size] for i in range(0, len(values), size)]
 
 
-def score(pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi_ref at the tokens of the responses, (P, K, T) nats: once, before training."""
-    device = pi_ref.wte.weight.device
+def longest(mask: Tensor) -> Tensor:
+    """How many tokens the longest completion of each prompt ends after: mask (P, K, T) -> (P,)."""
+    return (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
+
+
+def score(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
+    """log pi(y_t | x, y_<t) at the tokens of the completions, (P, K, T) nats, without gradient."""
+    device = pi.wte.weight.device
     with torch.no_grad():
-        logps = torch.zeros(ids.shape, dtype=pi_ref.wte.weight.dtype)
-        lengths = (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
-        for rows in tqdm(lengths.argsort().split(32), desc="scoring under pi_ref"):
+        logps = torch.zeros(ids.shape, dtype=pi.wte.weight.dtype)
+        lengths = longest(mask)
+        for rows in tqdm(lengths.argsort().split(32), desc="scoring completions"):
             T = int(lengths[rows[-1]])
-            some = dpo.response_logps(pi_ref, ids[rows, :, :T].flatten(0, 1).to(device), mask[rows, :, :T].flatten(0, 1))
+            some = dpo.response_logps(pi, ids[rows, :, :T].flatten(0, 1).to(device), mask[rows, :, :T].flatten(0, 1))
             logps[rows, :, :T] = some.view(len(rows), -1, T).cpu()
     return logps
 
@@ -215,10 +222,12 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
     watch(pi_theta, steps taken, steps in all) may look.
 
     Plain gradient descent with momentum, since Adam's steps are as large for a token seldom seen as for a frequent one.
-    What single words are worth is learned in the token vectors, at the full rate; the rest moves at a sixteenth of it. Errors: BadInput if the loss or the gradient is no longer finite."""
+    What single words are worth is learned in the token vectors, at the full rate; the rest moves at a sixteenth of it.
+
+    Errors: BadInput if the loss or the gradient is no longer finite."""
     pi_theta = copy.deepcopy(pi_ref).requires_grad_(True)
-    lengths = (preferences.mask.any(1) * torch.arange(preferences.mask.size(-1))).amax(-1).numpy()
-    batches = [*map(torch.from_numpy, like_lengths(lengths, settings.batch, np.random.default_rng(settings.seed)))]
+    rng = np.random.default_rng(settings.seed)
+    batches = [*map(torch.from_numpy, like_lengths(longest(preferences.mask).numpy(), settings.batch, rng))]
     rest = [p for p in pi_theta.parameters() if p is not pi_theta.wte.weight]
     optimizer = torch.optim.SGD([dict(params=[pi_theta.wte.weight], lr=rate), dict(params=rest, lr=rate / 16)], momentum=0.9,
                                 fused=True)
@@ -251,7 +260,7 @@ class Experiment:
     counts: dict[str, int]
     accuracy: dict[str, float] | None                       # of r*, on IMDb
     held: dict                                              # as `hold_out` makes it
-    pairs: dpo.Preferences                                  # held out
+    held_pairs: dpo.Preferences
     curve: dict[str, np.ndarray] | None
 
 
@@ -265,7 +274,7 @@ def hold_out(pi_ref: GPT, world: dict, tokenizer: tiktoken.Encoding, settings: S
     texts = [data.text_of(x + y, tokenizer) for x, y in zip(each, responses)]
     rewards = {name: reward(texts).view(P, N) for name, reward in rewards_of.items()}
     if rewards_of:
-        n = min(16, N)
+        n = min(16, N) // K * K
         groups = [ys for of_x in in_groups(responses, N) for ys in in_groups(of_x[:n], K)]
         triplets, _ = data.preferences([x for x in prompts for _ in range(n // K)], groups,
                                        rewards["reward"][:, :n].reshape(-1, K), tokenizer, settings.labels,
@@ -301,11 +310,11 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
     point["kl_log_ratio"], point["kl_log_ratio_se"] = mean_se(log_ratio)
     point |= dict(kl_median=kl.median().item(), kl_p99=kl.flatten().quantile(0.99).item())
 
-    theta = score(pi_theta, e.pairs.ids, e.pairs.mask).sum(-1)
-    x, w, l = e.pairs.pairs.T
-    r_hat = dpo.implicit_reward(theta, e.pairs.pi_ref.sum(-1), beta)
+    theta = score(pi_theta, e.held_pairs.ids, e.held_pairs.mask).sum(-1)
+    x, w, l = e.held_pairs.pairs.T
+    r_hat = dpo.implicit_reward(theta, e.held_pairs.pi_ref.sum(-1), beta)
     gap_hat = (r_hat[x, w] - r_hat[x, l]).double()
-    share = e.pairs.weight.double() / e.pairs.weight.double().sum()
+    share = e.held_pairs.weight.double() / e.held_pairs.weight.double().sum()
     point |= {name: (share * v).sum().item() for name, v in dict(
         r_hat_w=r_hat[x, w], r_hat_l=r_hat[x, l], margin=gap_hat, pair_accuracy=(gap_hat.sign() + 1) / 2).items()}
 
@@ -315,21 +324,21 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
     point["reward"], point["reward_se"] = mean_se(r)
     if "judge" in e.rewards_of:
         point["judge_reward"], point["judge_reward_se"] = mean_se(e.rewards_of["judge"](texts).view(P, M))
-    ceiling = 1.0 if e.settings.labels == "argmax" else torch.sigmoid(gap.abs()).mean().item()
+    ceiling = 1.0 if e.settings.labels == "argmax" else torch.sigmoid(gap.abs()).mean().item()      # the accuracy of r* itself
     point |= dict(win_rate=((r - ref[:, :M]).sign() + 1).mean().item() / 2, comparisons=r.numel(),
                   pair_accuracy_ceiling=ceiling,
                   reward_slope=((gap_hat * gap).sum() / gap.square().sum()).item(),
                   reward_r2=((gap_hat * gap).sum().square() / (gap.square().sum() * gap_hat.square().sum())).item())
     point["fraction_of_optimal"], point["fraction_of_optimal_se"] = fraction_of_optimal(
         e.curve, *(v.double().mean(1).numpy() for v in (ref, r, kl)))
-    at = np.searchsorted(-BETAS, -beta)
+    at = np.searchsorted(-BETAS, -beta)                             # the next of BETAS that is no larger
+    names = "optimal_reward", "optimal_kl", "regret", "regret_se"
     if at < len(BETAS) and e.curve["trusted"][at] and e.settings.labels != "argmax":
-        log_Z = dpo.optimal_policy(torch.full_like(ref, -math.log(ref.size(1))).double(), ref.double(), beta)[1]
-        regret = mean_se(beta * log_Z[:, None] - (r - beta * kl).double().mean(1, keepdim=True))
-        best = [t.mean().item() for t in dpo.frontier(ref.double(), beta)[:2]]
+        best_r, best_kl, _ = dpo.frontier(ref.double(), beta)       # (P,) each
+        regret = (best_r - beta * best_kl)[:, None] - (r - beta * kl).double()      # how far Eq. 3 stays below its maximum
+        point |= dict(zip(names, (best_r.mean().item(), best_kl.mean().item(), *mean_se(regret))))
     else:
-        regret = best = None, None
-    point |= dict(zip(("optimal_reward", "optimal_kl", "regret", "regret_se"), (*best, *regret)))
+        point |= dict.fromkeys(names)
     return dict(point=finite(point), texts=texts[::M], rewards=r[:, 0])
 
 
@@ -410,16 +419,16 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
             f"evaluation-{beta}", f"dpo-{beta} held_out answers seed evaluate joined draw optimal_curve "
             "fraction_of_optimal mean_se", lambda: evaluate(e, pi_theta, beta)))
     results = results_of(e, [each["point"] for each in evaluations])
-    known, texts = results["frontier"], [e.held["texts"], *(each["texts"] for each in evaluations)]
-    rewards = [e.held["rewards"]["reward"][:, 0].tolist(), *(each["rewards"].tolist() for each in evaluations)] if known else None
-    cells = [[(text[i], rewards[k][i] if known else None) for k, text in enumerate(texts)] for i in range(min(12, len(texts[0])))]
+    shown = [dict(texts=e.held["texts"], rewards=e.held["rewards"]["reward"][:, 0] if e.rewards_of else None), *evaluations]
+    cells = [[(each["texts"][i], each["rewards"][i].item() if e.rewards_of else None) for each in shown]
+             for i in range(min(12, len(e.held["prompts"])))]
     report.write_report(out, results, cells, [data.text_of(x, e.tokenizer) for x in e.held["prompts"]],
                         e.rewards_of.get("reward"), [policy["records"] for policy in policies])
     return results
 
 
 def kl_so_far(e: Experiment, pi_theta: GPT, rows: int = 256) -> float:
-    """KL(pi_theta, pi_ref) in nats, from one response to each of a few prompts: enough for a curve."""
+    """KL(pi_theta, pi_ref) in nats, from fresh responses to the held-out prompts in turn: enough for a curve."""
     prompts = [*itertools.islice(itertools.cycle(e.held["prompts"]), rows)]
     device = pi_theta.wte.weight.device
     responses = sample(pi_theta, prompts, e.tokenizer.eot_token, generator=torch.Generator(device).manual_seed(e.settings.seed))
@@ -456,6 +465,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name, None) is not None}
     own = args.data not in ("toy", "imdb")
+    for name, path in dict(data=args.data if own else None, init=args.init).items():
+        if path and Path(path).resolve().parent == args.out.resolve():
+            parser.error(f"--{name} {path} lies in --out, where this run may overwrite it: name another --out")
     if args.imdb and args.data != "imdb":
         parser.error("--imdb PATH needs --data imdb")
     for name in ("labels", "reviews", "prompts", "samples"):
@@ -464,6 +476,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     for name in ("tokenizer", "vocab_size"):
         if args.init and name in given:
             parser.error(f"--{name.replace('_', '-')} has no meaning beside --init, which brings its tokenizer: leave it out")
+    if args.tokenizer == "gpt2" and args.vocab_size:
+        parser.error("--vocab-size has no meaning beside --tokenizer gpt2: leave it out")
     defaults = (OWN | dict(data=args.data) | ({"steps": 0} if args.init else {})) if own else IMDB if args.data == "imdb" else {}
     settings = Settings(**defaults | given)
     if settings.samples % settings.completions:

@@ -154,7 +154,7 @@ def point(e: Experiment, name: str, hyper: dict[str, float], rate: float) -> dic
     else:
         pi_theta, _ = train.optimise(e.pi_ref, m.kind(e, e.preferences), loss, rate, e.settings, name)
     seen = train.evaluate(e, pi_theta, 1.0, name)["point"]      # at beta 1 r_hat is the change of log pi itself
-    held = m.kind(e, e.pairs)
+    held = m.kind(e, e.held_pairs)
     losses = loss(train.score(pi_theta, held.ids, held.mask), held)[0]
     kept = "reward reward_se kl kl_se win_rate fraction_of_optimal fraction_of_optimal_se length pair_accuracy".split()
     return dict(method=name, hyper=hyper, rate=rate) | {key: seen[key] for key in kept} | dict(

@@ -23,6 +23,7 @@ on the number of processes, but for rounding.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import re
 import signal
@@ -190,6 +191,7 @@ class Stages(files.Stages):
         return super().value(need), Path(__file__).read_text(encoding="utf-8")
 
     def __call__(self, name: str, needs: str, make: Callable[[], object]):
+        @functools.wraps(make)
         def by_all():
             from_first("make")
             return make()

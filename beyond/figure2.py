@@ -324,7 +324,7 @@ def true_reward(e: Experiment) -> Reward:
 def fit(e: Experiment, rates: tuple[float, ...]) -> dict:
     """The reward model, and how it orders the held-out pairs, beside DPO's implicit reward in each point."""
     r_phi, looked = ppo.fit_reward(e.pi_ref, e.preferences, rates, e.settings.batch, e.settings.seed)
-    return dict(weights=r_phi.state_dict(), looked=looked, pair_accuracy=ppo.accuracy(r_phi, e.pairs))
+    return dict(weights=r_phi.state_dict(), looked=looked, pair_accuracy=ppo.accuracy(r_phi, e.held_pairs))
 
 
 def main(argv: list[str]) -> int:

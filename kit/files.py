@@ -143,7 +143,7 @@ def fingerprint(name: str | None) -> object:
 
 class Stages:
     """Results by name, each kept in a file. Each is made again only if something that it depends on has changed: a
-    setting, an earlier stage's file, or source. A file that is not the one this run wrote is an error."""
+    setting, an earlier stage's file, or source. A file that is not the one that was written there is an error."""
 
     def __init__(self, out: Path, settings: object, functions: dict[str, Callable], **known: object):
         self.out, self.settings, self.functions, self.known = out, settings, functions, known
@@ -155,15 +155,15 @@ class Stages:
             return self.known[need]
         if need.endswith(".py"):
             return (Path(__file__).parent.parent / need).read_text(encoding="utf-8")
-        if need in ("data", "imdb", "init"):
+        if need in ("data", "imdb", "init") and getattr(self.settings, need) not in ("toy", "imdb"):        # paths
             return fingerprint(getattr(self.settings, need))
         if hasattr(self.settings, need):
             return getattr(self.settings, need)
         return inspect.getsource(self.functions[need])
 
     def __call__(self, name: str, needs: str, make: Callable[[], object]):
-        """The result of make(), which may depend on the settings, sources and earlier stages that `needs` lists."""
-        key = checksum(repr((name, [self.value(need) for need in needs.split()])).encode())
+        """The result of make(), which may depend on its own source, and on what `needs` lists: settings, sources, stages."""
+        key = checksum(repr((name, inspect.getsource(make), [self.value(need) for need in needs.split()])).encode())
         path, done, entry = self.out / f"{name}.pt", {}, {}
         if self.log.exists():
             with reading(self.log, "the list of stages; delete it to start anew"):

@@ -49,7 +49,7 @@ def pair_of(line: bytes, place: str) -> dict:
             raise BadInput(f"{place}: has no {name}; python -m beyond.convert makes this format of others")
         if not isinstance(row[name], str):
             raise BadInput(f"{place}: {name} is not a string; python -m beyond.convert makes this format of others")
-        if not row[name] and not row.get(f"{name}_ids"):                # ours may be the end token alone, which was sampled
+        if not row[name] and (name == "prompt" or not row.get(f"{name}_ids")):      # ours may be the end token alone
             raise BadInput(f"{place}: {name} is empty")
     if row["chosen"] == row["rejected"]:
         raise BadInput(f"{place}: chosen and rejected are identical, which says nothing; leave the pair out")
@@ -73,7 +73,8 @@ def encode_pairs(pairs: list[dict], tokenizer: tiktoken.Encoding, context: int, 
             if number is None or len(ys | new) > K:
                 number, ys, numbers = numbers, set(), numbers + 1
             groups[pair["prompt"]] = number, ys | new
-            triplets.append(triplet(x, y_w + [tokenizer.eot_token], y_l + [tokenizer.eot_token], tokenizer, pair["weight"], number))
+            y_w, y_l = y_w + [tokenizer.eot_token], y_l + [tokenizer.eot_token]
+            triplets.append(triplet(x, y_w, y_l, tokenizer, pair["weight"], number))
     return triplets
 
 
@@ -82,8 +83,8 @@ def own_world(settings, choose: Callable[[list[str]], tiktoken.Encoding]) -> dic
     pairs = read_pairs(Path(settings.data))
     tokenizer = choose([pair[name] for pair in pairs for name in ("prompt", "chosen", "rejected")])
     prompts = sorted({pair["prompt"] for pair in pairs})
-    chosen = set(random.Random(settings.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-    both = [[pair for pair in pairs if (pair["prompt"] in chosen) == held] for held in (False, True)]
+    held_prompts = set(random.Random(settings.seed).sample(prompts, math.ceil(len(prompts) / 10)))
+    both = [[pair for pair in pairs if (pair["prompt"] in held_prompts) == held] for held in (False, True)]
     tuned, held = (encode_pairs(some, tokenizer, settings.context) for some in both)
     if fell := len(pairs) - len(tuned) - len(held):
         print(f"{fell:,} of {len(pairs):,} pairs do not fit in {settings.context} tokens and are left out (see --context)")

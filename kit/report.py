@@ -14,12 +14,13 @@ from torch import Tensor
 from kit.files import cache, write
 
 THETA, REF = "#d95f02", "#1b6ca8"      # one colour for pi_theta and one for pi_ref, here and in the notebook
+ORANGE, BLUE = "217,95,2", "27,108,168"                 # the same, for a page
+Cells = list[list[tuple[str, float | None]]]            # for each prompt what each policy made of it, and its reward if known
 
 
-def write_report(out: Path, results: dict, cells: list[list[tuple[str, float | None]]], prompts: list[str],
+def write_report(out: Path, results: dict, cells: Cells, prompts: list[str],
                  sentiment: Callable[[list[str]], Tensor] | None, curves: list[dict[str, Tensor]]):
-    """results.json, figure.png, and samples as text and as a page. cells: for each prompt what pi_ref and each policy made of
-    it, and its true reward where it is known; sentiment gives words theirs."""
+    """results.json, figure.png, and samples as text and as a page; sentiment gives words their reward, curves are each run's."""
     config = results["config"]
     labels = f"{config['labels']} labels, " if results["frontier"] else ""
     title = f"{config['data']}, {labels}{results['labels']['pairs']:,} pairs, seed {config['seed']}"
@@ -111,7 +112,7 @@ def draw_frontier(ax, results: dict):
 
 # ----------------------------------------------------------------------------- samples
 
-def samples_text(names: list[str], prompts: list[str], cells: list[list[tuple[str, float | None]]], width: int = 38) -> str:
+def samples_text(names: list[str], prompts: list[str], cells: Cells, width: int = 38) -> str:
     """Side by side, a column for each policy: the reward where it is known, then the text."""
     def row(values) -> str:
         return " | ".join(f"{value:<{width}}" for value in values).rstrip()
@@ -123,14 +124,14 @@ def samples_text(names: list[str], prompts: list[str], cells: list[list[tuple[st
     return "\n".join(lines)
 
 
-def samples_html(title: str, names: list[str], prompts: list[str], cells: list[list[tuple[str, float | None]]],
+def samples_html(title: str, names: list[str], prompts: list[str], cells: Cells,
                  sentiment: Callable[[list[str]], Tensor] | None) -> str:
     """The same as a page, each word on a ground of its own reward: blue above zero, orange below."""
     def marked(text: str) -> str:
         words = text.split()
         worth = sentiment([*words, ""]).tolist() if sentiment else [0.0] * (len(words) + 1)
         return " ".join(word if abs(v) < 0.05 else
-                        f'<span style="background:rgba({"27,108,168" if v > 0 else "217,95,2"},{min(0.6, abs(v) / 3):.2f})">{word}</span>'
+                        f'<span style="background:rgba({BLUE if v > 0 else ORANGE},{min(0.6, abs(v) / 3):.2f})">{word}</span>'
                         for word, v in zip(map(html.escape, words), (v - worth[-1] for v in worth)))
 
     def cell(text: str, r: float | None, prompt: str) -> str:
@@ -141,8 +142,9 @@ def samples_html(title: str, names: list[str], prompts: list[str], cells: list[l
         "<!doctype html><meta charset=utf-8>", f"<title>{html.escape(title)}</title>",
         "<style>body{font:15px/1.5 serif;margin:2em}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.5em;"
         "vertical-align:top;text-align:left;font-weight:normal}b{font-family:monospace}</style>",
-        f"<h1>{html.escape(title)}</h1>", "<p>What each policy made of the same prompt; in bold the true reward of both together, in nats.</p>" * bool(sentiment),
-        "<table>", f"<tr><th>prompt</th>{''.join(f'<th>{html.escape(name)}</th>' for name in names)}</tr>", *rows, "</table>", ""))
+        f"<h1>{html.escape(title)}</h1>", "<p>What each policy made of the same prompt" +
+        "; in bold the true reward of both together, in nats" * bool(sentiment) + ".</p>", "<table>",
+        f"<tr><th>prompt</th>{''.join(f'<th>{html.escape(name)}</th>' for name in names)}</tr>", *rows, "</table>", ""))
 
 
 def rest(text: str, prompt: str) -> str:
@@ -167,9 +169,11 @@ def summary(results: dict) -> str:
     falls = all(a["kl"] > b["kl"] for a, b in zip(ordered, ordered[1:]))
     direction = f"KL falls as beta rises: {'seen' if falls else 'not seen'}. " * (len(points) > 1)
     if not known:
-        return "\n".join((*lines, direction + f"Held-out pairs ordered as labelled: {max(p['pair_accuracy'] for p in points):.0%}."))
+        best = max(p["pair_accuracy"] for p in points)
+        return "\n".join((*lines, direction + f"Held-out pairs ordered as labelled: {best:.0%}."))
     fractions = [p["fraction_of_optimal"] for p in points if p["fraction_of_optimal"] is not None]
-    if not fractions:
-        return "\n".join((*lines, direction + f"No KL is within what {results['config']['samples']} samples can tell of the optimum."))
-    least_and_most = dict.fromkeys(f"{fraction:.0%}" for fraction in (min(fractions), max(fractions)))
-    return "\n".join((*lines, direction + f"Of the gain that is possible at its KL, DPO reached {' to '.join(least_and_most)}."))
+    said = f"No KL is within what {results['config']['samples']} samples can tell of the optimum."
+    if fractions:
+        least_and_most = dict.fromkeys(f"{fraction:.0%}" for fraction in (min(fractions), max(fractions)))
+        said = f"Of the gain that is possible at its KL, DPO reached {' to '.join(least_and_most)}."
+    return "\n".join((*lines, direction + said))

@@ -22,7 +22,8 @@ def between(low: float, high: float, kind: type = float) -> Callable[[str], floa
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low:g} to {high:g}")
+            whole = "whole " * (kind is int)
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low:g} to {high:g}")
         return value
     return parse_number
 
@@ -64,36 +65,44 @@ def flags(doc: str, toy: object, imdb: object) -> Parser:
                            help=text + " (toy {}, imdb {})".format(*both))
     g = parser.add_argument_group("what to run")
     g.add_argument("--data", default="toy", metavar="{toy,imdb,PATH}", help="the grammar's reviews (default), IMDb's, or "
-                   "preferences of your own: one JSON object a line with the strings prompt, chosen, rejected")
-    g.add_argument("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
+                   "preferences of your own: one JSON object a line with the strings prompt, chosen, rejected (then IMDb's "
+                   "numbers, but beta 0.1, context 256, steps 500)")
+    g.add_argument("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is "
+                   "downloaded once (84 MB)")
     number(g, "beta", between(1e-4, 1e4), "the price of a nat of KL; one DPO run each")
     number(g, "seed", between(0, 2 ** 32 - 1, int), "of everything that is drawn")
     g.add_argument("--show", action="store_true", help="print one triplet token by token, its mask in brackets, and stop")
     g = parser.add_argument_group("pi_ref")
-    g.add_argument("--init", metavar="PATH", help="a checkpoint to start from: reference.pt or dpo-BETA.pt of another run, or one "
-                   "of beyond/gpt2.py. With preferences of your own it is pi_ref as it is, unless --steps asks for fine-tuning")
-    g.add_argument("--tokenizer", choices=("reviews", "gpt2"), help="learned from the texts (default), or GPT-2's, which tiktoken downloads once")
-    number(g, "vocab-size", between(257, 10 ** 6, int), "of the tokenizer that is learned: 256 bytes, the end token, and what is merged")
+    g.add_argument("--init", metavar="PATH", help="a checkpoint to start from: reference.pt or dpo-BETA.pt of another run, or "
+                   "one of beyond/gpt2.py. With preferences of your own it is pi_ref as it is, unless --steps asks for "
+                   "fine-tuning")
+    g.add_argument("--tokenizer", choices=("reviews", "gpt2"), help="learned from the texts (default), or GPT-2's, which "
+                   "tiktoken downloads once")
+    number(g, "vocab-size", between(257, 10 ** 6, int), "of the tokenizer that is learned: 256 bytes, the end token, "
+           "and what is merged")
     number(g, "context", between(8, 65536, int), "tokens that the model sees, prompt and response together")
     number(g, "reviews", count, "that it is fine-tuned on")
     number(g, "steps", between(0, 10 ** 7, int), "of fine-tuning")
     g = parser.add_argument_group("preferences and DPO")
     number(g, "prompts", count, "that preferences are collected on")
-    g.add_argument("--labels", choices=("bt", "soft", "argmax"), help="drawn from Bradley-Terry (default), their expectation, the paper's")
+    g.add_argument("--labels", choices=("bt", "soft", "argmax"), help="drawn from Bradley-Terry (default), their "
+                   "expectation, or the paper's")
     number(g, "batch", count, "prompts in a step")
     number(g, "rate", between(1e-12, 1e12), "peak learning rate at beta 1; it is scaled by beta^-1.25")
     g = parser.add_argument_group("evaluation")
     number(g, "held-out", between(2, 10 ** 5, int), "prompts")
     number(g, "samples", between(8, 10 ** 4, int), "of pi_ref for each, a multiple of 4; more extend the trusted curve")
     g = parser.add_argument_group("machine")
-    g.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps (default: %(default)s)")
-    g.add_argument("--out", type=Path, default=Path("out"), help="the folder of everything that is written (default: %(default)s)")
+    g.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, mps (default: %(default)s)")
+    g.add_argument("--out", type=Path, default=Path("out"), help="the folder of everything that is written "
+                   "(default: %(default)s)")
     return parser
 
 
 def exit_code(prog: str, out: Path, work: Callable[[], str | None], see: str = "") -> int:
-    """Do work(), alone in its folder, and print what it says, with the time it took. 2 and one line for what was given and cannot be
-    used, or where memory or disk ran out; 130 for an interruption. What is wrong with the program itself is a traceback."""
+    """Do work(), alone in its folder, and print what it says, with the time it took. 2 and one line for what was given and
+    cannot be used, or where memory or disk ran out; 130 for an interruption. A mistake of the program is a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")   # a terminal need not know every character

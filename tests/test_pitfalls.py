@@ -267,6 +267,17 @@ def test_result_is_made_again_iff_something_it_depends_on_changed(tmp_path):
     assert run(**changes[-1]) == ["reference"]                  # the same again, so the scores are still its own
 
 
+def test_a_folder_by_the_name_of_a_world_changes_nothing(tmp_path, monkeypatch):
+    """A folder that is called toy, with texts in it  =>  the stages of --data toy are kept"""
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for text in ("one", "another and longer"):
+        files.Stages(tmp_path, SETTINGS, {})("world", "data", lambda: made.append(text))
+        (tmp_path / "toy").mkdir(exist_ok=True)
+        (tmp_path / "toy" / "a.txt").write_text(text)
+    assert made == ["one"]
+
+
 # ---------------------------------------------------------------------------------------------- labels and reports
 
 @given(r=rewards)

@@ -139,10 +139,10 @@ def test_what_is_reported_is_what_it_says_by_plain_arithmetic(out, monkeypatch):
     close("win_rate", sum(wins) / len(wins))
     close("length", sum(map(len, responses)) / len(responses))
     gaps, gaps_hat, accurate, r_w, r_l = [], [], [], [], []
-    for (p, w, l), gap in zip(e.pairs.pairs.tolist(), e.held["gap"].tolist()):
+    for (p, w, l), gap in zip(e.held_pairs.pairs.tolist(), e.held["gap"].tolist()):
         r_hat = []
         for k in (w, l):
-            ids, mask = e.pairs.ids[p, k], e.pairs.mask[p, k]
+            ids, mask = e.held_pairs.ids[p, k], e.held_pairs.mask[p, k]
             x, y = ids[:int(mask.nonzero().min())].tolist(), ids[mask].tolist()
             r_hat.append(2.0 * (logp(pi_theta, x, y) - logp(e.pi_ref, x, y)))
         gaps.append(gap), gaps_hat.append(r_hat[0] - r_hat[1]), r_w.append(r_hat[0]), r_l.append(r_hat[1])

@@ -95,6 +95,7 @@ BAD_FILES = {   # what is wrong: flags, what FILE holds (None: there is no such 
     "own, no chosen": (OWN, third(chosen=...), "line 3: has no chosen"),
     "own, no rejected": (OWN, third(rejected=...), "line 3: has no rejected"),
     "own, empty prompt": (OWN, third(prompt=""), "line 3: prompt is empty"),
+    "own, empty prompt with ids": (OWN, third(prompt="", prompt_ids=[1]), "line 3: prompt is empty"),
     "own, empty response": (OWN, third(rejected=""), "line 3: rejected is empty"),
     "own, identical responses": (OWN, third(rejected=pairs()[2]["chosen"]), "line 3: chosen and rejected are identical"),
     "own, conversation": (OWN, third(chosen=[dict(role="user", content="hi")]), "line 3: chosen is not a string; python -m"),
@@ -141,7 +142,10 @@ BAD_FILES = {   # what is wrong: flags, what FILE holds (None: there is no such 
     "checkpoint, another vocabulary": (INIT, saved(GOOD | dict(tokens=TOKENS[:-1])), "another size"),
     "checkpoint, sees too little": (INIT[:-1] + ["64"], saved(GOOD), "say --context 32"),
 }
-BAD_FLAGS = {   # flags: what the line says
+BAD_FLAGS = {
+    "--data out/triplets.jsonl --out out": "--data out/triplets.jsonl lies in --out",
+    "--init out/reference.pt --out out": "--init out/reference.pt lies in --out",
+    "--tokenizer gpt2 --vocab-size 300": "--vocab-size has no meaning beside --tokenizer gpt2",   # flags: what the line says
     "--unknown 1": "--unknown", "--beta 0": "--beta", "--beta -1": "--beta", "--beta nan": "--beta", "--beta inf": "--beta",
     "--beta 1e99": "--beta", "--beta": "--beta", "--beta one": "--beta", "--rate 0": "--rate", "--rate nan": "--rate",
     "--rate -1": "--rate", "--rate 1e99": "--rate", "--prompts 0": "--prompts", "--prompts 1.5": "--prompts",
