@@ -65,7 +65,7 @@ class Settings:
     answers: int = 96               # of pi_theta for each held-out prompt
 
 
-# Twelve minutes on two cores with bfloat16 units. 4,096 tokens keep most words whole; small batches take more steps from as
+# A quarter of an hour on two cores with bfloat16 units. 4,096 tokens keep most words whole; small batches take more steps from as
 # many tokens; a larger rate gains reward and wastes KL.
 IMDB = dict(data="imdb", beta=(0.1, 1.0), vocab_size=4097, context=48, n_layer=4, n_head=6, n_embd=192, reviews=75_000,
             steps=3800, rows=32, prompts=13_000, batch=16, rate=1.6e-3, held_out=64, answers=48)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from beyond import compare, figure2, mend, scale
+from beyond import bench, compare, figure2, mend, scale
 
 HERE = Path(compare.__file__).parent
 RESULTS = HERE.parent / "results"
@@ -78,3 +78,12 @@ def test_ppo_with_the_true_reward_is_within_a_tenth_of_the_optimum_in_the_result
     for seed in range(3):
         ends = {p["run"]: p for p in figure2.read_results(RESULTS / f"figure2-{seed}")["points"] if p["last"]}
         assert all(ends[f"PPO-GT, kl {kl}"]["fraction_of_optimal"] >= 0.9 for kl in ("0.5", "1", "2"))
+
+
+def test_the_table_of_speed_is_that_of_the_results():
+    """bench's rows of results/bench  =>  the README's table, whole; the ratios that both READMEs quote are in it; one loss"""
+    results = json.loads((RESULTS / "bench" / "results.json").read_text())
+    assert bench.table(results).split("\n\n")[0] in README and results["loss"]["same"]
+    ratios = {f"{m['ratio']['median']:.1f}" for m in results["measured"] if m["ratio"]}
+    quoted = re.findall(r"(\d+\.\d) (?:times|and \d+\.\d times)", (HERE.parent / "README.md").read_text(encoding="utf-8").split("**Speed.**")[1].split("\n\n")[0])
+    assert quoted and set(quoted) <= ratios
