@@ -46,7 +46,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)                   # (B, T, 3, nh, hs)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                # (B, nh, T, hs) each
-        if cache is not None:                                                               # (2, B, nh, context, hs)
+        if cache is not None:                                                               # (2, B, nh, S, hs)
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache                                        # whole, since a slice would be copied for each product
         y = attend(q, k, v, start, fused=x.is_cuda)                                         # (B, nh, T, hs)
@@ -109,13 +109,14 @@ class GPT(nn.Module):
                 x = block(x, None if cache is None else cache[i], start)
             return self.ln_f(x)
 
-    def new_cache(self, B: int) -> Tensor:
-        """Room for the keys and values of B sequences, zeros so far: (n_layer, 2, B, nh, context, hs)."""
+    def new_cache(self, B: int, S: int) -> Tensor:
+        """Room for S keys and values of B sequences, zeros so far: (n_layer, 2, B, nh, S, hs)."""
         c = self.config
-        return self.wte.weight.new_zeros((c.n_layer, 2, B, c.n_head, c.context, c.n_embd // c.n_head),
+        return self.wte.weight.new_zeros((c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head),
                                          dtype=torch.bfloat16 if self.bf16 else None)
 
 
+ROOM = 16                       # more keys that a cache is given each time it is full, as all its room is attended to
 ASK_EVERY = dict(cuda=8)        # tokens: to know how many rows have ended, a GPU must be waited for
 
 
@@ -140,9 +141,12 @@ def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0
     ids, length = ids.to(device), lengths.to(device)
     rows = torch.arange(len(prompts), device=device)            # the rows still being written
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    cache, start, every = pi.new_cache(len(prompts)), int(lengths.min()), ASK_EVERY.get(device.type, 1)
+    start, every = int(lengths.min()), ASK_EVERY.get(device.type, 1)
+    cache = pi.new_cache(len(prompts), start + ROOM)
     new = ids[:, :start]
     for t in range(start, context):
+        if t > cache.size(-2):
+            cache = F.pad(cache, (0, 0, 0, ROOM))
         logits = pi(new, cache, t - new.size(1))[:, -1].float()                             # (rows, V)
         cdf = logits.div_(temperature).softmax(-1).cumsum(-1)   # inverting it is far faster than torch.multinomial
         u = torch.rand(len(rows), 1, generator=generator, device=device) * cdf[:, -1:]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given
 
 import dpo
+import model
 from model import sample
 from worlds import (CONTEXT, END, LN_2, PROMPTS, Bigram, V, assert_at_most, assert_same, enumerated, gpt, kl, 
                     log_probability, next_token, preferences, responses, rows, seeds, standard_errors, uniform)
@@ -149,7 +150,7 @@ def test_cached_logits_are_the_uncached_ones():
     """Tokens in one call, or one at a time with a cache, or in two pieces  =>  the same logits"""
     pi, ids = gpt(0), torch.tensor([[0, 1, 1, 0], [1, END, 0, 0]])
     def pieces(sizes):
-        cache, ends = pi.new_cache(2), [sum(sizes[:i + 1]) for i in range(len(sizes))]
+        cache, ends = pi.new_cache(2, CONTEXT), [sum(sizes[:i + 1]) for i in range(len(sizes))]
         return torch.cat([pi(ids[:, end - size:end], cache, end - size) for size, end in zip(sizes, ends)], 1)
     assert_same(pieces([1, 1, 1, 1]), pi(ids))
     assert_same(pieces([3, 1]), pi(ids))
@@ -163,6 +164,16 @@ def test_training_and_evaluation_mode_are_one_function():
 
 
 # ---------------------------------------------------------------------------------------------- sampling
+
+def test_samples_do_not_depend_on_how_the_cache_grows(monkeypatch):
+    """Room for one key more each time the cache is full, or for all from the start  =>  the same samples"""
+    pi, prompts = gpt(0), [[0], [1, 0], [0, 1]] * 20
+
+    def drawn() -> list[list[int]]:
+        return sample(pi, prompts, END, generator=torch.Generator().manual_seed(0))
+    whole = drawn()
+    monkeypatch.setattr(model, "ROOM", 1)
+    assert drawn() == whole
 
 def test_sampled_frequencies_are_the_enumerated_probabilities():
     """y ~ pi( . |x) at temperature 1, prompts of two lengths in one batch => the frequency of each y is pi(y|x)
