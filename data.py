@@ -266,13 +266,13 @@ def group(triplets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def show(triplet: dict, tokenizer: tiktoken.Encoding) -> str:
-    """A triplet token by token; those that count towards log pi(y|x), the mask, in brackets."""
+    """A triplet token by token; those that count towards log pi(y|x), the mask, in brackets, the others parted by bars."""
     def line(name: str) -> str:
         x = "|".join(tokenizer.decode([i]) for i in triplet["prompt_ids"])
         y = "".join(f"[{tokenizer.decode([i])}]" for i in triplet[name + "_ids"])
         r = f"{triplet['reward_' + name]:+6.2f} nats   " if "reward_" + name in triplet else ""
         return f"{name:>8} {r}{x} {y}"
-    return line("chosen") + "\n" + line("rejected")
+    return f"{line('chosen')}\n{line('rejected')}\nparted by |: the prompt's tokens; in []: the response's, which alone count"
 
 
 # ----------------------------------------------------------------------------- worlds: what an experiment starts from

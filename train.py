@@ -378,7 +378,8 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
                                             tokenizer, settings.labels, random.Random(settings.seed))
     else:
         triplets = encode_pairs(world["pairs"], tokenizer, settings.context)
-        counts, stage.known["completions"] = dict(pairs=len(triplets)), None
+        counts = {"pairs": len(triplets), "held-out pairs": len(world["held_pairs"])}
+        stage.known["completions"] = None
     if not triplets:
         raise BadInput("no preferences: all pairs are identical or tied; raise --prompts or --steps")
     data.write_triplets(triplets, out / "triplets.jsonl")
@@ -478,6 +479,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
             parser.error(f"--{name.replace('_', '-')} has no meaning beside --init, which brings its tokenizer: leave it out")
     if args.tokenizer == "gpt2" and args.vocab_size:
         parser.error("--vocab-size has no meaning beside --tokenizer gpt2: leave it out")
+    if own and not Path(args.data).exists():
+        parser.error(f"--data {args.data}: No such file; it is toy, imdb, or a file of preferences")
     defaults = (OWN | dict(data=args.data) | ({"steps": 0} if args.init else {})) if own else IMDB if args.data == "imdb" else {}
     settings = Settings(**defaults | given)
     if settings.samples % settings.completions:

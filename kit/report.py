@@ -119,7 +119,7 @@ def samples_text(names: list[str], prompts: list[str], cells: Cells, width: int 
     lines = [row(names), "-+-".join("-" * width for _ in names)]
     for prompt, texts in zip(prompts, cells):
         lines.append(f"{prompt} ...")
-        columns = [textwrap.wrap((f"{r:+.2f} " if r is not None else "") + rest(text, prompt), width) for text, r in texts]
+        columns = [textwrap.wrap((f"{signed(r)} " if r is not None else "") + rest(text, prompt), width) for text, r in texts]
         lines += [*map(row, zip_longest(*columns, fillvalue="")), ""]
     return "\n".join(lines)
 
@@ -135,7 +135,7 @@ def samples_html(title: str, names: list[str], prompts: list[str], cells: Cells,
                         for word, v in zip(map(html.escape, words), (v - worth[-1] for v in worth)))
 
     def cell(text: str, r: float | None, prompt: str) -> str:
-        return f"<td>{f'<b>{r:+.2f}</b> ' if r is not None else ''}{marked(rest(text, prompt))}</td>"
+        return f"<td>{f'<b>{signed(r)}</b> ' if r is not None else ''}{marked(rest(text, prompt))}</td>"
     rows = [f"<tr><th>{marked(prompt)} ...</th>{''.join(cell(text, r, prompt) for text, r in texts)}</tr>"
             for prompt, texts in zip(prompts, cells)]
     return "\n".join((
@@ -145,6 +145,10 @@ def samples_html(title: str, names: list[str], prompts: list[str], cells: Cells,
         f"<h1>{html.escape(title)}</h1>", "<p>What each policy made of the same prompt" +
         "; in bold the true reward of both together, in nats" * bool(sentiment) + ".</p>", "<table>",
         f"<tr><th>prompt</th>{''.join(f'<th>{html.escape(name)}</th>' for name in names)}</tr>", *rows, "</table>", ""))
+
+
+def signed(r: float) -> str:
+    return f"{round(r, 2) + 0.0:+.2f}"              # which is never -0.00
 
 
 def rest(text: str, prompt: str) -> str:

@@ -304,7 +304,7 @@ def test_grouping_keeps_every_pair_and_each_completion_once():
 
 def test_a_shown_triplet_has_its_response_and_only_that_in_brackets():
     *_, triplets, _ = world("bt", 5)
-    first, second = data.show(triplets[0], TOKENIZER).splitlines()
+    first, second, _ = data.show(triplets[0], TOKENIZER).splitlines()
     inside = "".join(data.re.findall(r"\[(.*?)\]", first))
     assert inside == triplets[0]["chosen"] + tokens.END
     assert "[" not in first[:first.index("[")] and "rejected" in second

@@ -52,7 +52,8 @@ def test_tables_are_those_of_the_results(world):
 def test_quoted_facts_of_pi_ref_are_those_of_the_results(world):
     nats = ", ".join(f"{run['reference']['nats_per_byte']:.3f}" for run in runs(world))
     seconds = ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in runs(world))
-    assert f"{nats} nats per byte" in README and f"{seconds} s" in README
+    said = " ".join(README.split())
+    assert f"{nats} nats per byte" in said and f"{seconds} s" in said
 
 
 def test_every_file_that_the_readme_names_is_there():
@@ -98,3 +99,12 @@ def test_the_core_does_without_what_is_beyond():
     assert not any(re.search(r"^\s*(from|import) beyond", source, re.M) for source in sources.values())
     for name in ("dpo.py", "model.py"):
         assert not re.search(r"^\s*(from|import) (kit|data|train|model|dpo)\b", sources[ROOT / name], re.M)
+
+
+def test_the_first_sentence_and_the_excess_of_kl_are_those_of_the_results():
+    """Nine points of the toy world  =>  the range of the fraction, and of KL over its prediction, that the README quotes"""
+    points = [p for run in runs("toy") for p in run["points"]]
+    fractions, excess = ([p[a] / (p[b] if b else 1) for p in points] for a, b in (("fraction_of_optimal", None), ("kl", "optimal_kl")))
+    said = " ".join(README.split())
+    assert f"{min(fractions):.0%} to {max(fractions):.0%} of the gain" in said
+    assert f"{min(excess):.2f} to {max(excess):.2f} times in these nine runs" in said
