@@ -265,8 +265,9 @@ class Experiment:
 
 
 def hold_out(pi_ref: GPT, world: dict, tokenizer: tiktoken.Encoding, settings: Settings, rewards_of: dict) -> dict:
-    """pi_ref on the held-out prompts: N samples of each and their rewards, preference pairs (those of the world, or among
-    the first 16 samples), and how well it predicts texts it never saw."""
+    """pi_ref on the P held-out prompts: prompts, N samples of each with their rewards (P, N) and lengths (P N,), the texts of
+    the first of each, pairs of preferences (those of the world, or among the first 16 samples) as `Preferences` has them, with
+    the gap of their true rewards (n,), and nats_per_byte, how well it predicts texts it never saw."""
     prompts = unpack(world["held_out"])
     P, N, K = len(prompts), settings.samples if rewards_of else settings.answers, settings.completions
     each = [x for x in prompts for _ in range(N)]

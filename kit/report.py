@@ -101,8 +101,8 @@ def draw_frontier(ax, results: dict):
     if predicted := [p for p in points if p["optimal_kl"] is not None]:
         ax.plot([p["optimal_kl"] for p in predicted], [p["optimal_reward"] for p in predicted], "o", mfc="white", mec=THETA,
                 ms=10, label="where theory puts each $\\beta$")
-    ax.errorbar([p["kl"] for p in points], [p["reward"] for p in points], [2 * p["reward_se"] for p in points],
-                [2 * p["kl_se"] for p in points], fmt="o", color=THETA, ms=5, label="DPO, with two standard errors")
+    ax.errorbar([p["kl"] for p in points], [p["reward"] for p in points], yerr=[2 * p["reward_se"] for p in points],
+                xerr=[2 * p["kl_se"] for p in points], fmt="o", color=THETA, ms=5, label="DPO, with two standard errors")
     ax.plot(0, r_ref, "D", color=REF, ms=8, label=r"$\pi_\mathrm{ref}$")
     ax.set_xlim(-0.04 * right, 1.15 * right)
     rise = max(top - r_ref, 0.1)
