@@ -18,7 +18,7 @@ from beyond import losses, pairs, ppo
 LOSS, UPCAST = "-F.logsigmoid(r_hat_w - r_hat_l)", "logits = at_least_float32(pi(ids[:, :-1], where=where))"
 PAIRS = "theta[x, w], theta[x, l], ref[x, w], ref[x, l], beta"
 SUMS = "theta, ref = pi_theta.sum(-1), batch.pi_ref.sum(-1)"
-MASKED, OF_KL = "\n    where = places(mask[:, 1:]", "row, place = where = places(mask[:, 1:]"
+MASKED, OF_KL = "\n    where = places(mask[:, 1:]", "row, place = places(mask[:, 1:]"
 PUT, SHARE = ".index_put(where, logps), (1, 0))", "share = batch.weight / batch.weight.sum()"
 BACKWARD, CLIP = "(share * losses).sum().backward()", "clip_grad_norm_(pi_theta.parameters(), max_grad_norm)"
 
