@@ -109,7 +109,8 @@ def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tenso
     log pi_theta(y|x) / pi_ref(y|x), and the sum along y of the whole next-token distributions' KL. Both have the sequence
     KL as their mean; the second is usually steadier, and never negative. ids, mask (B, T) -> (B,) and (B,)."""
     row, place = places(mask[:, 1:], ids.device)
-    theta, ref = (at_least_float32(pi(ids[:, :-1], where=(row, place))).log_softmax(-1) for pi in (pi_theta, pi_ref))      # (n, V)
+    logits = (at_least_float32(pi(ids[:, :-1], where=(row, place))) for pi in (pi_theta, pi_ref))
+    theta, ref = (each.log_softmax(-1) for each in logits)                                              # (n, V)
     log_ratio = (theta - ref).gather(-1, ids[row, place + 1, None]).squeeze(-1)
     full = (theta.exp() * (theta - ref)).sum(-1)
     return tuple(kl.new_zeros(len(ids)).index_add(0, row, kl) for kl in (log_ratio, full))
