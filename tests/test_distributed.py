@@ -395,7 +395,8 @@ def one_line(said: str) -> str:
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--beta 0", "train.py: argument --beta"), ("--data nowhere.jsonl", "distributed.py: nowhere.jsonl"),
+    ("--beta 0", "train.py: argument --beta"), ("--data nowhere.jsonl", "train.py: --data nowhere.jsonl"),
+    ("--data README.md", "distributed.py: README.md, line 1"),
 ])
 def test_bad_flag_and_bad_file_are_one_line_once_and_exit_code_2(flags, says, tmp_path):
     codes, out, err = Group(2, "-m", "beyond.distributed", *flags.split(), "--out", tmp_path / "out").end()
