@@ -11,6 +11,7 @@ repetition is not counted. TRL and transformers run in a process of their own, t
 hint to the allocator is not given to them, as their users do not give it.
 
 A step is forward, backward, clipping and the optimizer's step, on a batch that is there; here also the choice of its prompts.
+"here" is dpo.py and model.py as they are, "here, fast" the same within `beyond.fast`.
 The log-probabilities under pi_ref are computed once before training here (a row of its own), and in each step by TRL, as it
 does unless told otherwise. TRL runs through `train()`, on the same pairs as text, from the same weights: as it comes
 (with gradient checkpointing), and without checkpointing, which is faster. Ratios are of one repetition, and the table has their
@@ -20,6 +21,7 @@ import argparse
 import copy
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,7 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +42,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dpo
+from beyond.fast import fast
 from kit import files, terminal
 from model import GPT, GPTConfig, sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BETA, RATE, HERE = 0.1, 1e-6, "here"
+BETA, RATE = 0.1, 1e-6
+HERE, FAST = "here", "here, fast"
 
 
 @dataclass(frozen=True)
@@ -120,22 +124,24 @@ def ours(size: Size, what: dict[str, dpo.Preferences], prompts: list[list[int]],
     pi_theta.bf16 = pi_ref.bf16 = dtype == "bfloat16"
     generator, tasks = torch.Generator().manual_seed(0), []
 
-    def step(pi: GPT, optimizer: torch.optim.Optimizer, batch: dpo.Preferences) -> tuple[int, None]:
-        list(dpo.train(pi, batch, partial(dpo.dpo, beta=BETA), optimizer, [torch.arange(len(batch.ids))], 1.0))
+    def step(how, pi: GPT, optimizer: torch.optim.Optimizer, batch: dpo.Preferences) -> tuple[int, None]:
+        with how():
+            list(dpo.train(pi, batch, partial(dpo.dpo, beta=BETA), optimizer, [torch.arange(len(batch.ids))], 1.0))
         return len(batch.pairs), None
 
-    def reference(batch: dpo.Preferences) -> tuple[int, None]:
-        scored(pi_ref, batch)
+    def reference(how, batch: dpo.Preferences) -> tuple[int, None]:
+        with how():
+            scored(pi_ref, batch)
         return len(batch.pairs), None
 
     def draw() -> tuple[int, None]:
         return sum(map(len, sample(pi_ref, prompts, size.vocab_size - 1, generator=generator))), None
-    for name, batch in what.items():
+    for (name, batch), (who, how) in itertools.product(what.items(), ((HERE, nullcontext), (FAST, fast))):
         pi = copy.deepcopy(pi_theta)
         optimizer = torch.optim.SGD(pi.parameters(), lr=RATE, momentum=0.9, fused=True)
         need = flops(size, batch.mask)
-        tasks += [Task(f"DPO step, {name}", HERE, dtype, "pairs", partial(step, pi, optimizer, batch), need),
-                  Task(f"reference, {name}", HERE, dtype, "pairs", partial(reference, batch), need / 3)]
+        tasks += [Task(f"DPO step, {name}", who, dtype, "pairs", partial(step, how, pi, optimizer, batch), need),
+                  Task(f"reference, {name}", who, dtype, "pairs", partial(reference, how, batch), need / 3)]
     return tasks + [Task("sampling", HERE, dtype, "tokens", draw)]
 
 
@@ -304,17 +310,20 @@ def run(size: Size, repetitions: int) -> dict:
 
 
 def summaries(done: dict[Task, list[tuple[int, float]]]) -> list[dict]:
-    """For each task its units a second; beside them the share of the matmul rate, and how many times as fast it is here."""
+    """For each task its units a second; beside them the share of the matmul rate, and how many times as fast it is here, by the
+    core and within `beyond.fast`."""
     speed = {(t.what, t.who, t.dtype): [units / seconds for units, seconds in runs] for t, runs in done.items()}
     flops = {t.dtype: t.flops / statistics.median(seconds for _, seconds in runs) for t, runs in done.items() if t.unit == "products"}
     found = []
     for t, runs in done.items():
-        each, here = speed[t.what, t.who, t.dtype], speed[t.what, HERE, t.dtype]
-        ratio = [fast / slow for fast, slow in zip(here, each)] if t.who != HERE else None
+        each = speed[t.what, t.who, t.dtype]
+        times = {who: spread([ours / one for ours, one in zip(speed[t.what, who, t.dtype], each)])
+                 for who in (HERE, FAST) if t.who not in (FAST, who) and (t.what, who, t.dtype) in speed}
         took = statistics.median(seconds for _, seconds in runs)
         found.append(dict(what=t.what, who=t.who, dtype=t.dtype, unit=t.unit, seconds=[seconds for _, seconds in runs],
                           units=runs[0][0], per_second=spread(each), flops=t.flops, flops_per_second=t.flops and t.flops / took,
-                          utilisation=t.flops and t.flops / took / flops[t.dtype], ratio=ratio and spread(ratio)))
+                          utilisation=t.flops and t.flops / took / flops[t.dtype],
+                          ratio=times.get(HERE), ratio_fast=times.get(FAST)))
     return found
 
 
@@ -324,14 +333,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def table(results: dict) -> str:
     """Rows of markdown; times are of a step, a pass over a batch, or a batch of samples."""
-    lines = ["| what | who | dtype | ms | a second | of the matmul rate | times as fast here |", "|---|---|---|---|---|---|---|"]
+    lines = ["| what | who | dtype | ms | a second | of the matmul rate | times as fast here | and fast |", "|---" * 8 + "|"]
     for m in results["measured"]:
         ms = [1000 * s for s in m["seconds"]]
         lines.append(f"| {m['what']} | {m['who']} | {m['dtype']} | {statistics.median(ms):,.0f} ({min(ms):,.0f} to {max(ms):,.0f}) | "
                      + (f"{m['flops_per_second'] / 1e9:,.0f} GFLOP" if m["unit"] == "products" else
                         f"{m['per_second']['median']:,.0f} {m['unit']}")
                      + (f" | {m['utilisation']:.0%} | " if m["utilisation"] else " | | ")
-                     + ("{median:.1f} ({least:.1f} to {most:.1f}) |".format(**m["ratio"]) if m["ratio"] else "|"))
+                     + " | ".join("{median:.1f} ({least:.1f} to {most:.1f})".format(**m[each]) if m[each] else ""
+                                  for each in ("ratio", "ratio_fast")) + " |")
     loss = results["loss"]
     said = "TRL is not installed: nothing to compare with." if loss["trl"] is None else (
         f"Loss on the same weights: {loss['here']:.6f} here, {loss['trl']:.6f} TRL's, the same within 1e-4: "

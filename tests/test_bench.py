@@ -9,9 +9,9 @@ from beyond import bench
 from worlds import assert_same
 
 TINY = bench.Size(vocab_size=61, context=24, n_layer=1, n_head=2, n_embd=16, pairs=12, sampled=8, matrix=16)
-TASKS = {(what, dtype) for dtype in bench.DTYPES for what in (
+TASKS = {(what, who, dtype) for dtype in bench.DTYPES for who in (bench.HERE, bench.FAST) for what in (
     "five products of 16 x 16", "sampling", *(f"{kind}, 12 pairs of {rows} completions" for kind in ("DPO step", "reference")
-                                              for rows in (8, 24)))}
+                                              for rows in (8, 24))) if who == bench.HERE or "completions" in what}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,10 @@ def results(tmp_path_factory) -> dict:
 
 
 def test_results_hold_every_task_with_its_seconds_rate_and_share(results):
-    assert {(m["what"], m["dtype"]) for m in results["measured"]} == TASKS
+    assert {(m["what"], m["who"], m["dtype"]) for m in results["measured"]} == TASKS
     for m in results["measured"]:
-        assert m["who"] == "here" and m["ratio"] is None and len(m["seconds"]) == results["repetitions"] == 2
+        assert m["ratio"] is None and len(m["seconds"]) == results["repetitions"] == 2
+        assert (m["ratio_fast"] is not None) == (m["who"] == bench.HERE and m["unit"] == "pairs")
         assert 0 < m["per_second"]["least"] <= m["per_second"]["median"] <= m["per_second"]["most"]
         assert (m["utilisation"] is None) == (m["what"] == "sampling")
         if m["unit"] == "pairs":
@@ -69,8 +70,12 @@ def test_flops_are_those_that_a_loop_over_tokens_counts():
 def test_ratios_are_of_one_repetition_and_shares_of_the_same_dtype():
     here = bench.Task("step", "here", "float32", "pairs", None, flops=100.0)
     there, product = replace(here, who="TRL", flops=None), bench.Task("product", "here", "float32", "products", None, flops=50.0)
+    fast = replace(here, who=bench.FAST)
     found = {m["who"] + m["what"]: m for m in bench.summaries({
-        product: [(1, 0.5), (1, 0.25), (1, 0.125)], here: [(6, 1.0), (6, 2.0), (6, 4.0)], there: [(6, 8.0), (6, 12.0), (6, 16.0)]})}
+        product: [(1, 0.5), (1, 0.25), (1, 0.125)], here: [(6, 1.0), (6, 2.0), (6, 4.0)], fast: [(6, 0.5), (6, 0.5), (6, 0.5)],
+        there: [(6, 8.0), (6, 12.0), (6, 16.0)]})}
+    assert found["TRLstep"]["ratio_fast"] == dict(median=24.0, least=16.0, most=32.0) and found["here, faststep"]["ratio"] is None
+    assert found["herestep"]["ratio_fast"] == dict(median=4.0, least=2.0, most=8.0) and found["here, faststep"]["ratio_fast"] is None
     assert found["TRLstep"]["ratio"] == dict(median=6.0, least=4.0, most=8.0) and found["TRLstep"]["utilisation"] is None
     assert_same(found["herestep"]["utilisation"], (100 / 2.0) / (50 / 0.25))
     assert found["herestep"]["ratio"] is None and found["herestep"]["per_second"]["median"] == 3.0
@@ -98,4 +103,4 @@ def test_trl_has_the_same_loss_and_is_timed(monkeypatch):
     results = bench.run(TINY, 1)
     assert results["loss"]["same"]
     assert {m["who"] for m in results["measured"]} == {"here", "TRL", "TRL, no checkpointing", "transformers"}
-    assert all(m["ratio"]["median"] > 0 for m in results["measured"] if m["who"] != "here")
+    assert all(m["ratio"]["median"] > 0 for m in results["measured"] if m["who"] not in (bench.HERE, bench.FAST))

@@ -1,0 +1,133 @@
+"""beyond/fast.py computes what the core computes: log-probabilities, gradients, whole runs; and leaves the core as it was."""
+import json
+from functools import partial
+
+import pytest
+import torch
+
+import dpo
+import train
+import worlds
+from beyond import fast
+from kit import checkpoints
+from worlds import assert_same
+
+TINY = "--reviews 300 --steps 8 --prompts 24 --held-out 4 --samples 64 --batch 8 --beta 1".split()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 256])
+def test_the_gradient_of_a_logprob_is_that_of_its_differences(rows, monkeypatch):
+    """gradcheck in float64, with respect to h and W, however many rows are taken at a time"""
+    monkeypatch.setattr(fast, "ROWS", rows)
+    torch.manual_seed(0)
+    h, W = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    y = torch.tensor([0, 4, 4, 1, 2, 0, 3])
+    assert torch.autograd.gradcheck(lambda h, W: fast.LogProbs.apply(h, W, y, True), (h, W))
+    assert_same(fast.LogProbs.apply(h, W, y, False), (h @ W.T).log_softmax(-1)[range(7), y])
+
+
+def test_a_token_of_no_probability_has_a_finite_logprob():
+    """log p(y) = -1000, where exp(-1000) is 0 in any float"""
+    h, W = torch.tensor([[1000.0]], requires_grad=True), torch.tensor([[1.0], [0.0]], requires_grad=True)
+    logp = fast.LogProbs.apply(h, W, torch.tensor([1]), True)
+    logp.sum().backward()
+    assert logp.item() == -1000 and h.grad.item() == -1 and W.grad.tolist() == [[-1000.0], [1000.0]]
+
+
+def everything(pi_theta, ids, mask, weight) -> tuple:
+    pi_theta.zero_grad()
+    logps = dpo.response_logps(pi_theta, ids, mask)
+    (logps * weight).sum().backward()
+    with torch.no_grad():
+        assert_same(dpo.response_logps(pi_theta, ids, mask), logps)
+    return logps.detach(), {name: p.grad.clone() for name, p in pi_theta.named_parameters()}
+
+
+def ragged() -> tuple:
+    """Prompts and responses of every length, a response of one token, a row without a response, masks with holes."""
+    torch.manual_seed(1)
+    B, T = 9, 8
+    ids, mask = torch.randint(worlds.V, (B, T)), torch.zeros(B, T, dtype=torch.bool)
+    for row, (start, stop) in enumerate([(1, 8), (2, 3), (5, 6), (1, 2), (7, 8), (3, 8), (4, 7), (1, 5)]):
+        mask[row, start:stop] = True
+    mask[0, 3] = mask[5, 4] = False
+    return ids, mask, torch.randn(B, T, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [2, 256])
+def test_logps_and_gradients_are_the_core_s_on_rows_of_any_length(rows, monkeypatch):
+    """In float64, to rounding: nothing of the padding reaches a value or a gradient"""
+    monkeypatch.setattr(fast, "ROWS", rows)
+    pi = worlds.gpt(1, context=8)
+    logps, grads = everything(pi, *ragged())
+    with fast.fast():
+        assert dpo.response_logps is fast.response_logps
+        found, found_grads = everything(pi, *ragged())
+    assert_same(found, logps)
+    for name, grad in grads.items():
+        assert_same(found_grads[name], grad)
+    assert (logps[ragged()[1]] < 0).all() and (found[~ragged()[1]] == 0).all()
+
+
+def test_in_bfloat16_the_gradient_is_as_near_to_float64_s_as_the_core_s_is():
+    ids, mask, weight = ragged()
+    exact = everything(worlds.gpt(1, context=8), ids, mask, weight)[1]
+    pi = worlds.gpt(1, context=8).float()
+    pi.bf16 = True
+
+    def error() -> float:
+        grads = everything(pi, ids, mask, weight.float())[1]
+        return sum((grads[name] - exact[name]).square().sum().item() for name in exact) ** 0.5
+    core = error()
+    with fast.fast():
+        assert 0 < error() < 1.5 * core
+    assert core < 0.05 * sum(g.square().sum().item() for g in exact.values()) ** 0.5
+
+
+def test_a_batch_of_texts_has_the_core_s_likelihood():
+    pi, texts = worlds.gpt(3, context=8), [[0, 1, 2], [1, 1, 0, 2], [0, 2], [1, 0, 0, 1]]
+    for reduction in ("mean", "sum"):
+        whole = train.token_nll(pi, texts, reduction)
+        with fast.fast():
+            assert_same(train.token_nll(pi, texts, reduction), whole, 1e-6)      # the core is in float32 there
+
+
+def test_training_is_the_core_s_step_by_step():
+    """Records and final weights, of weighted pairs of up to four completions"""
+    def trained() -> tuple:
+        pi, preferences = worlds.gpt(1, context=8), worlds.preferences(worlds.triplets(8, P=7), worlds.gpt(2, context=8))
+        optimizer = torch.optim.SGD(pi.parameters(), lr=0.5, momentum=0.9)
+        records = [*dpo.train(pi, preferences, partial(dpo.dpo, beta=0.7), optimizer, [*torch.arange(7).split(3)], 0.05)]
+        return {name: torch.stack([r[name] for r in records]) for name in records[0]}, pi.state_dict()
+    records, weights = trained()
+    with fast.fast():
+        found, found_weights = trained()
+    for name in records:
+        assert_same(found[name], records[name])
+    for name in weights:
+        assert_same(found_weights[name], weights[name])
+
+
+def test_a_run_ends_where_train_py_does_and_neither_takes_the_other_s_stages(tmp_path, monkeypatch):
+    for module in (train, checkpoints):
+        monkeypatch.setattr(module, "bf16_pays", lambda device: False)
+    assert train.main([*TINY, "--out", str(tmp_path)]) == 0
+    first, made = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "reference.pt").stat().st_mtime_ns
+    assert fast.main([*TINY, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (tmp_path / "reference.pt").stat().st_mtime_ns != made
+    assert found["reference"]["nats_per_byte"] == pytest.approx(first["reference"]["nats_per_byte"], abs=0.01)
+    assert found["config"] == first["config"] and found["points"][0]["kl"] > 0
+
+
+def test_nothing_stays_replaced():
+    before = dpo.response_logps, train.token_nll, train.Stages
+    with pytest.raises(ZeroDivisionError), fast.fast():
+        1 / 0
+    assert before == (dpo.response_logps, train.token_nll, train.Stages)
+
+
+def test_a_bad_flag_is_train_py_s_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fast.main(["--beta", "0"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("train.py: argument --beta")
