@@ -13,9 +13,8 @@ hint to the allocator is not given to them, as their users do not give it.
 A step is forward, backward, clipping and the optimizer's step, on a batch that is there; here also the choice of its prompts.
 "here" is dpo.py and model.py as they are, "here, fast" the same within `beyond.fast`.
 The log-probabilities under pi_ref are computed once before training here (a row of its own), and in each step by TRL, as it
-does unless told otherwise. TRL runs through `train()`, on the same pairs as text, from the same weights: as it comes
-(with gradient checkpointing), and without checkpointing, which is faster. Ratios are of one repetition, and the table has their
-median.
+does unless told otherwise. TRL runs through `train()`, on the same pairs as text, from the same weights: as it comes, with
+gradient checkpointing, and without. Ratios are of one repetition, and the table has their median.
 """
 import argparse
 import copy

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,34 @@ def test_ppo_with_the_true_reward_is_within_a_tenth_of_the_optimum_in_the_result
 
 
 def test_the_table_of_speed_is_that_of_the_results():
-    """bench's rows of results/bench  =>  the README's table, whole; the ratios that both READMEs quote are in it; one loss"""
+    """bench's rows of results/bench  =>  the README's table, whole; the ratios and shares that both READMEs quote; one loss"""
     results = json.loads((RESULTS / "bench" / "results.json").read_text())
     assert bench.table(results).split("\n\n")[0] in README and results["loss"]["same"]
-    ratios = {f"{m['ratio']['median']:.1f}" for m in results["measured"] if m["ratio"]}
-    quoted = re.findall(r"(\d+\.\d) (?:times|and \d+\.\d times)", (HERE.parent / "README.md").read_text(encoding="utf-8").split("**Speed.**")[1].split("\n\n")[0])
-    assert quoted and set(quoted) <= ratios
+    found = {(m["what"], m["who"], m["dtype"]): m for m in results["measured"]}
+    shared, unshared = (f"DPO step, 96 pairs of {rows} completions" for rows in (64, 192))
+
+    def times(what: str, who: str, ratio: str = "ratio") -> list[str]:
+        return [f"{found[what, who, dtype][ratio]['median']:.1f}" for dtype in bench.DTYPES]
+
+    def across(what: str, who: str) -> float:
+        """Bfloat16 here beside float32 there"""
+        pairs = zip(found[what, "TRL", "float32"]["seconds"], found[what, who, "bfloat16"]["seconds"])
+        return statistics.median(there / here for there, here in pairs)
+    core, fast = times(shared, "TRL"), times(shared, "TRL", "ratio_fast")
+    samples = times("sampling", "transformers")
+    share = {who: [f"{found[shared, who, dtype]['utilisation']:.0%}" for dtype in bench.DTYPES]
+             for who in (bench.HERE, bench.FAST)}
+    said = " ".join(README.split())
+    for words in (
+        "{} times as fast as TRL's in float32 and {} times in bfloat16".format(*core),
+        "where pairs share nothing it is {} and {} times".format(*times(unshared, "TRL")),
+        "it is {} and {}, {} and {} times".format(*fast, *times(unshared, "TRL", "ratio_fast")),
+        f"is {across(shared, bench.HERE):.0f} times as fast, {across(shared, bench.FAST):.0f} within fast.py",
+        f"of pairs that share nothing {across(unshared, bench.HERE):.0f} and {across(unshared, bench.FAST):.0f}.",
+        "Sampling is {} times as fast as `generate` in float32, {} times in bfloat16".format(*samples),
+        "{} in float32 and {} in bfloat16, {} and {} within fast.py".format(*share[bench.HERE], *share[bench.FAST]),
+    ):
+        assert words in said
+    first = " ".join((HERE.parent / "README.md").read_text(encoding="utf-8").split())
+    assert ("{} times as fast in float32 and {} times in bfloat16 ({} and {} times within `beyond/fast.py`), and sampling "
+            "{} and {} times".format(*core, *fast, *samples)) in first

@@ -1,4 +1,5 @@
 """beyond/fast.py computes what the core computes: log-probabilities, gradients, whole runs; and leaves the core as it was."""
+import contextlib
 import json
 from functools import partial
 
@@ -10,6 +11,7 @@ import train
 import worlds
 from beyond import fast
 from kit import checkpoints
+from test_train import two_steps_on
 from worlds import assert_same
 
 TINY = "--reviews 300 --steps 8 --prompts 24 --held-out 4 --samples 64 --batch 8 --beta 1".split()
@@ -106,6 +108,24 @@ def test_training_is_the_core_s_step_by_step():
         assert_same(found[name], records[name])
     for name in weights:
         assert_same(found_weights[name], weights[name])
+
+
+def test_a_step_asks_its_device_nothing(monkeypatch):
+    """As of the core: on the device `meta` to ask for a number, or for a shape that depends on numbers, is an error"""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())       # it knows no meta
+    with fast.fast():
+        pi, records = two_steps_on("meta")
+    assert {v.device.type for v in (*records[-1].values(), *(p.grad for p in pi.parameters()))} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_steps_on_a_gpu_are_those_on_a_cpu_and_wait_for_nothing():
+    with fast.fast():
+        two_steps_on("cuda", fused=True)                                # what is loaded and allocated once
+        there, seen = two_steps_on("cuda", may_wait=False, fused=True)
+        here, expected = two_steps_on("cpu", fused=True)
+    for left, right in zip((*seen[-1].values(), *there.parameters()), (*expected[-1].values(), *here.parameters())):
+        torch.testing.assert_close(left.detach().cpu(), right.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_run_ends_where_train_py_does_and_neither_takes_the_other_s_stages(tmp_path, monkeypatch):
