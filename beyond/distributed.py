@@ -133,14 +133,6 @@ def replaced(owner: object, **attributes: object) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
-    """As train.token_nll, by way of dpo.response_logps, whatever that is for now."""
-    ids = nn.utils.rnn.pad_sequence([*map(torch.tensor, batch)], True, -1)
-    mask = (ids >= 0) & (torch.arange(ids.size(1)) > 0)
-    nll = -dpo.response_logps(pi, ids.clamp(min=0).to(pi.wte.weight.device), mask).sum()
-    return nll / mask.sum() if reduction == "mean" else nll
-
-
 @contextlib.contextmanager
 def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False) -> Iterator[None]:
     """Within, models run on shares and parts of texts, and dpo.train, train.fine_tune, train.optimise, train.score and
@@ -154,6 +146,12 @@ def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False
 
     def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return in_parts(lambda *part: torch.stack(kls(pi_theta, pi_ref, *part), 1), micro_batch, ids, mask).unbind(1)
+
+    def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
+        ids = nn.utils.rnn.pad_sequence([*map(torch.tensor, batch)], True, -1).to(pi.wte.weight.device)
+        mask = (ids >= 0) & (torch.arange(ids.size(1), device=ids.device) > 0)
+        nll = -response_logps(pi, ids.clamp(min=0), mask).sum()
+        return nll / mask.sum() if reduction == "mean" else nll
 
     def draw(pi: GPT, prompts: list[list[int]], settings: train.Settings, tokenizer, purpose: str) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -15,7 +15,7 @@ Eq. 7 asks for log pi(y_t | x, y_<t) at the tokens of y and for its gradient. mo
   so that d alone is kept, in the dtype of the products, g meets (n, C) instead of (n, V), and two products are the way back.
   The way forward takes a few rows at a time, whose logits stay in the processor's cache.
 
-`fast` replaces what trains a model and scores texts, for the duration: `dpo.response_logps` and `train.token_nll`.
+`fast` replaces `dpo.response_logps`, for the duration. Fine-tuning, whose batches have no padding, is left as it is.
 """
 import contextlib
 import sys
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import dpo
 import train
-from beyond.distributed import replaced, token_nll
+from beyond.distributed import replaced
 from kit import files
 from model import GPT, Attention, attend
 
@@ -88,16 +88,17 @@ def response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 class Stages(files.Stages):
-    """train.Stages; what was made in the other way is not taken for it."""
+    """train.Stages, for which this file is a part of dpo.py: the core's pi_ref is taken, its scores and policies are not."""
 
     def value(self, need: str) -> object:
-        return super().value(need), Path(__file__).read_text(encoding="utf-8")
+        value = super().value(need)
+        return value + Path(__file__).read_text(encoding="utf-8") if need == "dpo.py" else value
 
 
 @contextlib.contextmanager
 def fast() -> Iterator[None]:
-    """Within, models are trained, and texts scored, as above."""
-    with replaced(dpo, response_logps=response_logps), replaced(train, token_nll=token_nll, Stages=Stages):
+    """Within, response_logps is this file's, and so are training by DPO and the scoring of texts."""
+    with replaced(dpo, response_logps=response_logps), replaced(train, Stages=Stages):
         yield
 
 

@@ -86,12 +86,20 @@ def test_in_bfloat16_the_gradient_is_as_near_to_float64_s_as_the_core_s_is():
     assert core < 0.05 * sum(g.square().sum().item() for g in exact.values()) ** 0.5
 
 
-def test_a_batch_of_texts_has_the_core_s_likelihood():
-    pi, texts = worlds.gpt(3, context=8), [[0, 1, 2], [1, 1, 0, 2], [0, 2], [1, 0, 0, 1]]
-    for reduction in ("mean", "sum"):
-        whole = train.token_nll(pi, texts, reduction)
-        with fast.fast():
-            assert_same(train.token_nll(pi, texts, reduction), whole, 1e-6)      # the core is in float32 there
+def test_of_bfloat16_logits_half_the_bytes_of_the_core_s_are_kept():
+    """(n, V), the one large thing that a step of a small GPT keeps: once, and in the dtype of the products"""
+    ids, mask, _ = ragged()
+    pi = worlds.gpt(1, context=8).float()
+    pi.bf16 = True
+
+    def kept() -> list[torch.dtype]:
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+            dpo.response_logps(pi, ids, mask)
+        return [t.dtype for t in seen if t.shape == (int(mask.sum()), worlds.V)]
+    assert torch.float32 in kept()
+    with fast.fast():
+        assert kept() == [torch.bfloat16]
 
 
 def test_training_is_the_core_s_step_by_step():
@@ -128,23 +136,27 @@ def test_steps_on_a_gpu_are_those_on_a_cpu_and_wait_for_nothing():
         torch.testing.assert_close(left.detach().cpu(), right.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_ends_where_train_py_does_and_neither_takes_the_other_s_stages(tmp_path, monkeypatch):
+def test_a_run_has_train_py_s_pi_ref_and_ends_where_it_does_with_scores_and_policies_of_its_own(tmp_path, monkeypatch):
     for module in (train, checkpoints):
         monkeypatch.setattr(module, "bf16_pays", lambda device: False)
-    assert train.main([*TINY, "--out", str(tmp_path)]) == 0
-    first, made = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "reference.pt").stat().st_mtime_ns
-    assert fast.main([*TINY, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert (tmp_path / "reference.pt").stat().st_mtime_ns != made
-    assert found["reference"]["nats_per_byte"] == pytest.approx(first["reference"]["nats_per_byte"], abs=0.01)
-    assert found["config"] == first["config"] and found["points"][0]["kl"] > 0
+
+    def made(main) -> tuple[dict, dict, dict]:
+        assert main([*TINY, "--out", str(tmp_path)]) == 0
+        times = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+        return json.loads((tmp_path / "results.json").read_text()), times, torch.load(tmp_path / "dpo-1.0.pt")
+    (first, before, core), (found, after, policy) = made(train.main), made(fast.main)
+    assert {name for name in before if after[name] != before[name]} == {"scores", "held_out", "dpo-1.0", "evaluation-1.0"}
+    assert found["config"] == first["config"] and found["reference"]["nats_per_byte"] == first["reference"]["nats_per_byte"]
+    for kind in ("weights", "records"):
+        for name, value in core[kind].items():
+            assert_same(policy[kind][name], value, 1e-4)
 
 
 def test_nothing_stays_replaced():
-    before = dpo.response_logps, train.token_nll, train.Stages
+    before = dpo.response_logps, train.Stages
     with pytest.raises(ZeroDivisionError), fast.fast():
         1 / 0
-    assert before == (dpo.response_logps, train.token_nll, train.Stages)
+    assert before == (dpo.response_logps, train.Stages)
 
 
 def test_a_bad_flag_is_train_py_s_one_line(capsys):
