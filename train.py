@@ -311,36 +311,47 @@ def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> 
     point["kl_log_ratio"], point["kl_log_ratio_se"] = mean_se(log_ratio)
     point |= dict(kl_median=kl.median().item(), kl_p99=kl.flatten().quantile(0.99).item())
 
+    point |= agreement(e, pi_theta, beta)
+    if not e.rewards_of:
+        return dict(point=finite(point), texts=texts[::M], rewards=None)
+
+    ref, r = e.held["rewards"]["reward"], e.rewards_of["reward"](texts).view(P, M)
+    point["reward"], point["reward_se"] = mean_se(r)
+    if "judge" in e.rewards_of:
+        point["judge_reward"], point["judge_reward_se"] = mean_se(e.rewards_of["judge"](texts).view(P, M))
+    point |= dict(win_rate=((r - ref[:, :M]).sign() + 1).mean().item() / 2, comparisons=r.numel())
+    return dict(point=finite(point | beside_the_optimum(e, r, kl, beta)), texts=texts[::M], rewards=r[:, 0])
+
+
+def agreement(e: Experiment, pi_theta: GPT, beta: float) -> dict[str, float]:
+    """The implicit reward on the held-out pairs: how it orders them, and how its differences follow the true reward's."""
     theta = score(pi_theta, e.held_pairs.ids, e.held_pairs.mask).sum(-1)
     x, w, l = e.held_pairs.pairs.T
     r_hat = dpo.implicit_reward(theta, e.held_pairs.pi_ref.sum(-1), beta)
     gap_hat = (r_hat[x, w] - r_hat[x, l]).double()
     share = e.held_pairs.weight.double() / e.held_pairs.weight.double().sum()
-    point |= {name: (share * v).sum().item() for name, v in dict(
+    found = {name: (share * v).sum().item() for name, v in dict(
         r_hat_w=r_hat[x, w], r_hat_l=r_hat[x, l], margin=gap_hat, pair_accuracy=(gap_hat.sign() + 1) / 2).items()}
-
     if not e.rewards_of:
-        return dict(point=finite(point), texts=texts[::M], rewards=None)
-    ref, gap, r = e.held["rewards"]["reward"], e.held["gap"].double(), e.rewards_of["reward"](texts).view(P, M)
-    point["reward"], point["reward_se"] = mean_se(r)
-    if "judge" in e.rewards_of:
-        point["judge_reward"], point["judge_reward_se"] = mean_se(e.rewards_of["judge"](texts).view(P, M))
+        return found
+    gap = e.held["gap"].double()
     ceiling = 1.0 if e.settings.labels == "argmax" else torch.sigmoid(gap.abs()).mean().item()      # the accuracy of r* itself
-    point |= dict(win_rate=((r - ref[:, :M]).sign() + 1).mean().item() / 2, comparisons=r.numel(),
-                  pair_accuracy_ceiling=ceiling,
-                  reward_slope=((gap_hat * gap).sum() / gap.square().sum()).item(),
-                  reward_r2=((gap_hat * gap).sum().square() / (gap.square().sum() * gap_hat.square().sum())).item())
-    point["fraction_of_optimal"], point["fraction_of_optimal_se"] = fraction_of_optimal(
-        e.curve, *(v.double().mean(1).numpy() for v in (ref, r, kl)))
-    at = np.searchsorted(-BETAS, -beta)                             # the next of BETAS that is no larger
+    return found | dict(pair_accuracy_ceiling=ceiling, reward_slope=((gap_hat * gap).sum() / gap.square().sum()).item(),
+                        reward_r2=((gap_hat * gap).sum().square() / (gap.square().sum() * gap_hat.square().sum())).item())
+
+
+def beside_the_optimum(e: Experiment, r: Tensor, kl: Tensor, beta: float) -> dict[str, float | None]:
+    """Rewards and KL of pi_theta's samples, (P, M) each, beside the best policy with as much KL, and the best at this beta."""
+    ref = e.held["rewards"]["reward"]
+    fraction, fraction_se = fraction_of_optimal(e.curve, *(v.double().mean(1).numpy() for v in (ref, r, kl)))
+    found = dict(fraction_of_optimal=fraction, fraction_of_optimal_se=fraction_se)
     names = "optimal_reward", "optimal_kl", "regret", "regret_se"
-    if at < len(BETAS) and e.curve["trusted"][at] and e.settings.labels != "argmax":
-        best_r, best_kl, _ = dpo.frontier(ref.double(), beta)       # (P,) each
-        regret = (best_r - beta * best_kl)[:, None] - (r - beta * kl).double()      # how far Eq. 3 stays below its maximum
-        point |= dict(zip(names, (best_r.mean().item(), best_kl.mean().item(), *mean_se(regret))))
-    else:
-        point |= dict.fromkeys(names)
-    return dict(point=finite(point), texts=texts[::M], rewards=r[:, 0])
+    at = np.searchsorted(-BETAS, -beta)                             # the next of BETAS that is no larger
+    if at == len(BETAS) or not e.curve["trusted"][at] or e.settings.labels == "argmax":
+        return found | dict.fromkeys(names)
+    best_r, best_kl, _ = dpo.frontier(ref.double(), beta)           # (P,) each
+    regret = (best_r - beta * best_kl)[:, None] - (r - beta * kl).double()          # how far Eq. 3 stays below its maximum
+    return found | dict(zip(names, (best_r.mean().item(), best_kl.mean().item(), *mean_se(regret))))
 
 
 # ----------------------------------------------------------------------------- the experiment
@@ -366,21 +377,7 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
                  "fine_tune token_nll padded like_lengths warm_then_linear", reference)
     pi_ref = load(made, device).requires_grad_(False)
 
-    if rewards_of:
-        K, prompts = settings.completions, unpack(world["prompts"])
-
-        def completions() -> dict:
-            each = [x for x in prompts for _ in range(K)]
-            responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
-            rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
-            return dict(responses=pack(responses), rewards=rewards.view(-1, K))
-        completed = stage("completions", "world reference completions seed draw", completions)
-        triplets, counts = data.preferences(prompts, in_groups(unpack(completed["responses"]), K), completed["rewards"],
-                                            tokenizer, settings.labels, random.Random(settings.seed))
-    else:
-        triplets = encode_pairs(world["pairs"], tokenizer, settings.context)
-        counts = {"pairs": len(triplets), "held-out pairs": len(world["held_pairs"])}
-        stage.known["completions"] = None
+    triplets, counts = collect(stage, world, pi_ref, tokenizer, settings, rewards_of)
     if not triplets:
         raise BadInput("no preferences: all pairs are identical or tied; raise --prompts or --steps")
     data.write_triplets(triplets, out / "triplets.jsonl")
@@ -397,6 +394,25 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
     return Experiment(settings, stage, tokenizer, rewards_of, pi_ref,
                       dpo.Preferences(**scores), counts, world.get("accuracy"), held, dpo.Preferences(*held["pairs"]),
                       optimal_curve(held["rewards"]["reward"]) if rewards_of else None)
+
+
+def collect(stage: Stages, world: dict, pi_ref: GPT, tokenizer: tiktoken.Encoding, settings: Settings,
+            rewards_of: dict) -> tuple[list[dict], dict[str, int]]:
+    """Preference triplets among pi_ref's completions of the prompts, or those of --data PATH; and counts of pairs."""
+    if not rewards_of:
+        stage.known["completions"] = None
+        triplets = encode_pairs(world["pairs"], tokenizer, settings.context)
+        return triplets, {"pairs": len(triplets), "held-out pairs": len(world["held_pairs"])}
+    K, prompts = settings.completions, unpack(world["prompts"])
+
+    def completions() -> dict:
+        each = [x for x in prompts for _ in range(K)]
+        responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
+        rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
+        return dict(responses=pack(responses), rewards=rewards.view(-1, K))
+    completed = stage("completions", "world reference completions seed draw", completions)
+    return data.preferences(prompts, in_groups(unpack(completed["responses"]), K), completed["rewards"], tokenizer,
+                            settings.labels, random.Random(settings.seed))
 
 
 def run(settings: Settings, out: Path, device: torch.device) -> dict:
@@ -418,8 +434,8 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
                                 "warm_then_linear", policy))
         pi_theta = load(policies[-1], device)
         evaluations.append(e.stage(
-            f"evaluation-{beta}", f"dpo-{beta} held_out answers seed evaluate joined draw optimal_curve "
-            "fraction_of_optimal mean_se", lambda: evaluate(e, pi_theta, beta)))
+            f"evaluation-{beta}", f"dpo-{beta} held_out answers seed evaluate agreement beside_the_optimum joined draw "
+            "optimal_curve fraction_of_optimal mean_se", lambda: evaluate(e, pi_theta, beta)))
     results = results_of(e, [each["point"] for each in evaluations])
     shown = [dict(texts=e.held["texts"], rewards=e.held["rewards"]["reward"][:, 0] if e.rewards_of else None), *evaluations]
     cells = [[(each["texts"][i], each["rewards"][i].item() if e.rewards_of else None) for each in shown]

@@ -292,7 +292,8 @@ def run(sweep: Sweep, settings: Settings, methods: list[str], out: Path, device:
         for k, found in enumerate(kept, 1):
             pi_theta = checkpoints.load(dict(config=dataclasses.asdict(e.pi_ref.config), weights=found["weights"]), device)
             seen = e.stage(
-                f"{name}-{k}", f"{name} held_out answers seed evaluate joined draw optimal_curve fraction_of_optimal mean_se",
+                f"{name}-{k}", f"{name} held_out answers seed evaluate agreement beside_the_optimum joined draw optimal_curve "
+                "fraction_of_optimal mean_se",
                 lambda: train.evaluate(e, pi_theta.requires_grad_(False), 1.0, f"{name_of(one)}, {k} of {len(kept)}"))["point"]
             points.append(dict(run=name_of(one), method=one["method"], part=k / len(kept), last=k == len(kept),
                                seconds=found["seconds"], samples=found["samples"]) | {key: seen[key] for key in KEPT})
