@@ -355,6 +355,14 @@ def two_steps_on(device: str, may_wait: bool = True, **options) -> tuple[GPT, li
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_cache_of_a_gpu_s_batch_of_samples_is_as_large_as_draw_says():
+    with torch.device("meta"):
+        pi = train.GPT(train.GPTConfig(50257, 512, 12, 12, 768))
+    pi.bf16 = True
+    cache = pi.new_cache(2 ** 19 // 512, 512)
+    assert cache.dtype == torch.bfloat16 and round(cache.nbytes / 1e9) == 19 and "19 GB" in train.draw.__doc__
+
+
 def test_a_step_asks_its_device_nothing(monkeypatch):
     """On the device `meta` there are shapes and no numbers, so a step that asked for a number, or for a shape that depends on
     numbers (nonzero's, a mask's), would be an error  =>  on a GPU the host need not wait"""
