@@ -50,7 +50,7 @@ class Settings:
     tokenizer: str = "reviews"      # learned from them; "gpt2" is GPT-2's own, of 50,257 tokens
     vocab_size: int = 1024          # an upper bound: the grammar's words are whole tokens before it is reached
     context: int = 24               # tokens; most reviews of the grammar fit whole
-    n_layer: int = 2                # the grammar is learned by so small a model, in half a minute
+    n_layer: int = 2                # the grammar is learned by so small a model, in seconds
     n_head: int = 4
     n_embd: int = 64
     reviews: int = 20_000           # that pi_ref is fine-tuned on

@@ -41,7 +41,7 @@ def usable_device(name: str) -> torch.device:
 
 
 EPILOG = """examples:
-  train.py                                                  the toy world: half a minute on two cores
+  train.py                                                  the toy world: forty seconds on two cores
   train.py --data imdb --imdb aclImdb_v1.tar.gz             IMDb: a quarter of an hour
   train.py --data imdb --labels argmax --seed 1 --out out1  labelled as in the paper, another seed
   train.py --data pairs.jsonl --beta 0.1 --context 512      preferences of your own
