@@ -147,7 +147,7 @@ def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0
     for t in range(start, context):
         if t > cache.size(-2):
             cache = F.pad(cache, (0, 0, 0, ROOM))
-        logits = pi(new, cache, t - new.size(1))[:, -1].float()                             # (rows, V)
+        logits = pi(new, cache, t - new.size(1), where=(slice(None), -1)).float()           # (rows, V)
         cdf = logits.div_(temperature).softmax(-1).cumsum(-1)   # inverting it is far faster than torch.multinomial
         u = torch.rand(len(rows), 1, generator=generator, device=device) * cdf[:, -1:]
         y_t = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.size(1) - 1)

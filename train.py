@@ -4,7 +4,7 @@ Question    How much true reward does DPO gain for each nat that it moves away f
             best that any policy could?
 Road        reviews -> tokenizer -> true reward -> pi_ref, a small GPT fine-tuned on reviews -> four completions a prompt
             -> preference triplets -> DPO at several beta -> fresh samples, judged -> the reward-KL frontier.
-Prediction  With Bradley-Terry labels each beta has its place on the optimal curve (Eq. 4), which samples of pi_ref can draw.
+Prediction  With Bradley-Terry labels each beta has its place on the optimal curve (Eq. 4), which samples of pi_ref can tell.
 """
 import argparse
 import copy
@@ -61,7 +61,7 @@ class Settings:
     batch: int = 64                 # prompts in a step of DPO
     rate: float = 0.03              # DPO's peak learning rate at beta 1; a larger one wastes KL
     held_out: int = 100             # prompts of the evaluation; standard errors are over them
-    samples: int = 512              # of pi_ref for each held-out prompt, which draw the optimal curve
+    samples: int = 512              # of pi_ref for each held-out prompt, which tell the optimal curve
     answers: int = 96               # of pi_theta for each held-out prompt
 
 
@@ -177,7 +177,7 @@ def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tenso
 def draw(pi: GPT, prompts: list[list[int]], settings: Settings, tokenizer, purpose: str) -> list[list[int]]:
     """One response for each prompt, in batches of prompts of like length. The purpose is what the bar says, and it seeds the
     random numbers, so that each has its own. A GPT this small leaves a GPU idle unless batches are large: half a million
-    places, which a cache of GPT-2's smallest size has 19 GB for."""
+    places, whose cache takes 19 GB for GPT-2's smallest size, and twice that while it grows."""
     seed = zlib.crc32(f"{settings.seed} {purpose}".encode())
     generator = torch.Generator(pi.wte.weight.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -195,7 +195,7 @@ def in_groups(values: list, size: int) -> list[list]:
 
 
 def longest(mask: Tensor) -> Tensor:
-    """How many tokens the longest completion of each prompt ends after: mask (P, K, T) -> (P,)."""
+    """The tokens of each prompt together with its longest completion: mask (P, K, T) -> (P,)."""
     return (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
 
 
@@ -213,7 +213,7 @@ def score(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def peak_rate(beta: float, settings: Settings) -> float:
-    """Larger as beta falls, since log-ratios are; the power was found by trial."""
+    """It grows as beta falls, since the optimum's log-ratios do; the power was found by trial."""
     return settings.rate * beta ** -1.25
 
 
@@ -248,6 +248,10 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
 
 # ----------------------------------------------------------------------------- evaluation, and the optimum beside it
 
+# What a stage that trains depends on, and one that evaluates.
+TRAINS = "optimise longest like_lengths warm_then_linear"
+JUDGES = "evaluate agreement beside_the_optimum joined padded draw in_groups score longest kit/estimates.py"
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -267,8 +271,8 @@ class Experiment:
 
 def hold_out(pi_ref: GPT, world: dict, tokenizer: tiktoken.Encoding, settings: Settings, rewards_of: dict) -> dict:
     """pi_ref on the P held-out prompts: prompts, N samples of each with their rewards (P, N) and lengths (P N,), the texts of
-    the first of each, pairs of preferences (those of the world, or among the first 16 samples) as `Preferences` has them, with
-    the gap of their true rewards (n,), and nats_per_byte, how well it predicts texts it never saw."""
+    the first of each, pairs of preferences (those of the world, or among each K of the first 16 samples) as `Preferences` has
+    them, with the gap of their true rewards (n,), and nats_per_byte, how well it predicts texts it never saw."""
     prompts = unpack(world["held_out"])
     P, N, K = len(prompts), settings.samples if rewards_of else settings.answers, settings.completions
     each = [x for x in prompts for _ in range(N)]
@@ -297,7 +301,8 @@ def hold_out(pi_ref: GPT, world: dict, tokenizer: tiktoken.Encoding, settings: S
 
 
 def evaluate(e: Experiment, pi_theta: GPT, beta: float, method: str = "DPO") -> dict:
-    """Fresh samples of pi_theta on the held-out prompts, judged, beside pi_ref's and the optimum's: a row of results.json."""
+    """Fresh samples of pi_theta on the held-out prompts, judged, beside pi_ref's and the optimum's: `point`, a row of
+    results.json, and the first text and reward of each prompt."""
     P, M = len(e.held["prompts"]), min(e.settings.answers, e.settings.samples)
     prompts = [x for x in e.held["prompts"] for _ in range(M)]
     responses = draw(pi_theta, prompts, e.settings, e.tokenizer, f"sampling {method}, beta {beta:g}")
@@ -359,12 +364,12 @@ def beside_the_optimum(e: Experiment, r: Tensor, kl: Tensor, beta: float) -> dic
 
 
 def prepare(settings: Settings, out: Path, device: torch.device, show: bool = False) -> Experiment | None:
-    """World, reference, preferences, held-out samples and the optimal curve: each made once and kept in `out`. With `show`
-    it ends at the preferences, and prints one."""
+    """World, reference, completions, scores and held-out samples, each made once and kept in `out`, and what follows from
+    them. With `show` it ends at the preferences, and prints one."""
     stage = Stages(out, settings, globals(), device=device.type, bf16=bf16_pays(device))
     make_world = dict(toy=data.toy_world, imdb=data.imdb_world).get(settings.data, own_world)
-    world = stage("world", "data imdb init seed tokenizer vocab_size context reviews prompts held_out data.py "
-                  "kit/own.py kit/tokens.py choose_tokenizer", lambda: make_world(settings, partial(choose_tokenizer, settings)))
+    world = stage("world", "data imdb init seed tokenizer vocab_size context reviews prompts held_out data.py kit/own.py "
+                  "kit/tokens.py choose_tokenizer read_init", lambda: make_world(settings, partial(choose_tokenizer, settings)))
     stage.known["texts"] = checksum(repr((world["tokens"], world["fine_tune"][0].tolist())).encode())
     tokenizer = tokenizer_of(world["tokens"])
     rewards_of = {name: data.Sentiment(*judge) for name, judge in world.get("judges", {}).items()}
@@ -389,9 +394,9 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
     def scored() -> dict:
         ids, mask, pairs, weight = data.group(triplets)
         return dict(ids=ids, mask=mask, pi_ref=score(pi_ref, ids, mask), pairs=pairs, weight=weight)
-    scores = stage("scores", "world reference completions labels seed dpo.py score", scored)
-    held = stage("held_out", "world reference held_out samples answers labels seed dpo.py hold_out draw score token_nll",
-                 lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
+    scores = stage("scores", "world reference completions labels seed dpo.py score longest", scored)
+    held = stage("held_out", "world reference held_out samples answers labels seed dpo.py hold_out draw in_groups score "
+                 "longest token_nll padded", lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
     return Experiment(settings, stage, tokenizer, rewards_of, pi_ref,
                       dpo.Preferences(**scores), counts, world.get("accuracy"), held, dpo.Preferences(*held["pairs"]),
                       optimal_curve(held["rewards"]["reward"]) if rewards_of else None)
@@ -411,7 +416,7 @@ def collect(stage: Stages, world: dict, pi_ref: GPT, tokenizer: tiktoken.Encodin
         responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
         rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
         return dict(responses=pack(responses), rewards=rewards.view(-1, K))
-    completed = stage("completions", "world reference completions seed draw", completions)
+    completed = stage("completions", "world reference completions seed draw in_groups", completions)
     return data.preferences(prompts, in_groups(unpack(completed["responses"]), K), completed["rewards"], tokenizer,
                             settings.labels, random.Random(settings.seed))
 
@@ -431,12 +436,10 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
                                          settings, f"DPO, beta {beta:g}", watch)
             records |= dict(kl_step=torch.tensor([*kl]), kl=torch.tensor([*kl.values()]))
             return checkpoint(pi_theta, tokens_of(e.tokenizer), records=records)
-        policies.append(e.stage(f"dpo-{beta}", "scores batch rate seed peak_rate optimise kl_so_far joined like_lengths "
-                                "warm_then_linear", policy))
+        policies.append(e.stage(f"dpo-{beta}", f"scores batch rate seed peak_rate kl_so_far joined padded {TRAINS}", policy))
         pi_theta = load(policies[-1], device)
-        evaluations.append(e.stage(
-            f"evaluation-{beta}", f"dpo-{beta} held_out answers seed evaluate agreement beside_the_optimum joined draw "
-            "optimal_curve fraction_of_optimal mean_se", lambda: evaluate(e, pi_theta, beta)))
+        evaluations.append(e.stage(f"evaluation-{beta}", f"dpo-{beta} held_out answers seed {JUDGES}",
+                                   lambda: evaluate(e, pi_theta, beta)))
     results = results_of(e, [each["point"] for each in evaluations])
     shown = [dict(texts=e.held["texts"], rewards=e.held["rewards"]["reward"][:, 0] if e.rewards_of else None), *evaluations]
     cells = [[(each["texts"][i], each["rewards"][i].item() if e.rewards_of else None) for each in shown]
@@ -447,7 +450,7 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
 
 
 def kl_so_far(e: Experiment, pi_theta: GPT, rows: int = 256) -> float:
-    """KL(pi_theta, pi_ref) in nats, from fresh responses to the held-out prompts in turn: enough for a curve."""
+    """KL(pi_theta, pi_ref) in nats, from fresh responses to the held-out prompts, round and round: enough for a curve."""
     prompts = [*itertools.islice(itertools.cycle(e.held["prompts"]), rows)]
     device = pi_theta.wte.weight.device
     responses = sample(pi_theta, prompts, e.tokenizer.eot_token, generator=torch.Generator(device).manual_seed(e.settings.seed))

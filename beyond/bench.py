@@ -14,7 +14,8 @@ A step is forward, backward, clipping and the optimizer's step, on a batch that 
 "here" is dpo.py and model.py as they are, "here, fast" the same within `beyond.fast`.
 The log-probabilities under pi_ref are computed once before training here (a row of its own), and in each step by TRL, as it
 does unless told otherwise. TRL runs through `train()`, on the same pairs as text, from the same weights: as it comes, with
-gradient checkpointing, and without. Ratios are of one repetition, and the table has their median.
+gradient checkpointing, and without. The optimizers are each one's own: SGD with momentum here, AdamW there. Ratios are of
+one repetition, "core / this" the core's pairs a second over the row's, and the table has their median.
 """
 import argparse
 import copy
@@ -277,7 +278,6 @@ def timed(task: Task) -> tuple[int, float]:
     return units, own or time.perf_counter() - began
 
 
-
 def matmul(size: Size, dtype: str) -> Task:
     a = torch.randn(size.matrix, size.matrix).to(DTYPES[dtype])
     return Task(f"five products of {size.matrix} x {size.matrix}", HERE, dtype, "products",
@@ -332,7 +332,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def table(results: dict) -> str:
     """Rows of markdown; times are of a step, a pass over a batch, or a batch of samples."""
-    lines = ["| what | who | dtype | ms | a second | of the matmul rate | times as fast here | and fast |", "|---" * 8 + "|"]
+    lines = ["| what | who | dtype | ms | a second | of the matmul rate | core / this | fast / this |", "|---" * 8 + "|"]
     for m in results["measured"]:
         ms = [1000 * s for s in m["seconds"]]
         lines.append(f"| {m['what']} | {m['who']} | {m['dtype']} | {statistics.median(ms):,.0f} ({min(ms):,.0f} to {max(ms):,.0f}) | "

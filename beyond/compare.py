@@ -233,8 +233,8 @@ def run(settings: Settings, names: list[str], times: float, out: Path, device: t
         for i, (hyper, rate) in enumerate(zip(m.strengths(), m.rates)):
             rate *= times * settings.rate
             e.stage.known["method"] = repr((name, hyper, rate, m.rounds, sources))
-            points.append(e.stage(f"compare-{name}-{i}", "method scores held_out batch seed answers dpo.py optimise like_lengths "
-                                  "warm_then_linear evaluate agreement beside_the_optimum draw score", lambda: point(e, name, hyper, rate)))
+            points.append(e.stage(f"compare-{name}-{i}", f"method scores held_out batch seed answers dpo.py {train.TRAINS} "
+                                  f"{train.JUDGES}", lambda: point(e, name, hyper, rate)))
     results = dict(config=config(settings), times=times, device=str(device), bf16=e.pi_ref.bf16, seconds=e.stage.seconds,
                    labels=e.counts, points=points, reference=dict(
                        reward=e.held["rewards"]["reward"].mean().item(), length=e.held["lengths"].double().mean().item()))

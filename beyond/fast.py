@@ -1,21 +1,21 @@
-"""train.py's experiment in less time: the same numbers but for rounding, and nothing computed that is not used.
+"""train.py's experiment with faster steps of DPO and a faster scoring of texts: the same functions, but for rounding.
 
     python -m beyond.fast [train.py's flags]
 
 Eq. 7 asks for log pi(y_t | x, y_<t) at the tokens of y and for its gradient. model.py computes more than that, to be read:
 
-- *Padding.* Rows of a batch differ in length, and a quarter of its places may hold nothing. Here the tokens of all rows
-  lie one after another, (n, C); every layer but attention treats each by itself. Attention is given rows again, in which the
-  places that hold nothing repeat token 0: no token looks to its right, so none sees them, and no gradient comes back.
+- *Padding.* Rows of a batch differ in length. Here the tokens of all rows lie one after another, (n, C), and every layer but
+  attention treats each by itself. Attention is given rows again, in which the places that hold nothing repeat some token: no
+  token looks to its right, so none sees them, and no gradient comes back.
 - *Logits.* Of z = h W', (n, V), autograd keeps log-softmax in float32, and goes over it twice more on the way back. But with
   p = softmax(z) and g_t what comes back for token t,
 
-      L = sum_t g_t log p_t[y_t],   d_t = p_t - 1[y_t]     =>     dL/dh_t = -g_t d_t W,   dL/dW = -sum_t d_t' g_t h_t
+      L = sum_t g_t log p_t[y_t],   d_t = p_t - onehot(y_t)    =>    dL/dh_t = -g_t d_t W,   dL/dW = -sum_t d_t' g_t h_t
 
   so that d alone is kept, in the dtype of the products, g meets (n, C) instead of (n, V), and two products are the way back.
-  The way forward takes a few rows at a time, whose logits stay in the processor's cache.
+  The way forward takes a few rows at a time, whose logits stay in a processor's cache.
 
-`fast` replaces `dpo.response_logps`, for the duration. Fine-tuning, whose batches have no padding, is left as it is.
+`fast` replaces `dpo.response_logps` while it is open. Fine-tuning, whose batches have hardly any padding, is left as it is.
 """
 import contextlib
 import sys
@@ -31,17 +31,19 @@ from beyond.distributed import replaced
 from kit import files
 from model import GPT, Attention, attend
 
-ROWS = 256          # of logits at a time: 4 MB in float32 at 4,097 tokens
+ROWS = dict(cpu=256)        # of logits at a time, 4 MB in float32 at 4,097 tokens; all of them on another device
 
 
 class LogProbs(torch.autograd.Function):
-    """log softmax(h W')[y], (n,), in float32 at least: h (n, C), W (V, C) of one dtype, y (n,) ids."""
+    """log softmax(h W')[y], (n,), in float32 at least: h (n, C), W (V, C) of one dtype, y (n,) ids. `keep` what the way back
+    needs, for which a Function is not told of torch.no_grad."""
 
     @staticmethod
     def forward(ctx, h: Tensor, W: Tensor, y: Tensor, keep: bool) -> Tensor:
         logps, d = [], h.new_empty(len(h) if keep else 0, len(W))
-        for start in range(0, len(h), ROWS):
-            some = slice(start, start + ROWS)
+        rows = ROWS.get(h.device.type, len(h))
+        for start in range(0, len(h), rows):
+            some = slice(start, start + rows)
             z, y_t = dpo.at_least_float32(h[some] @ W.T), y[some, None]
             p = z.softmax(-1)
             logps.append(z.gather(1, y_t) - z.amax(1, True) + p.amax(1, True).log())        # the largest p does not underflow
@@ -51,44 +53,46 @@ class LogProbs(torch.autograd.Function):
         return torch.cat(logps)[:, 0]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         h, W, d = ctx.saved_tensors
         g = -g[:, None].to(h.dtype)
         return g * (d @ W), d.T @ (g * h), None, None
 
 
-def attention(self: Attention, x: Tensor, shape: tuple[int, int], slot: Tensor, at: Tensor) -> Tensor:
-    """model.Attention for tokens x (n, C) that stand at `at` among the places (B, T) of `shape`; `slot` is each place's token."""
-    q, k, v = self.c_attn(x).index_select(0, slot).view(*shape, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+def attention(self: Attention, x: Tensor, shape: tuple[int, int], token_at: Tensor, place_of: Tensor) -> Tensor:
+    """model.Attention for tokens x (n, C): the `place_of` each among the places (B, T) in `shape`; the `token_at` each."""
+    q, k, v = self.c_attn(x).index_select(0, token_at).view(*shape, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
     y = attend(q, k, v, 0, fused=x.is_cuda)                                                 # (B, nh, T, hs)
-    return self.c_proj(y.transpose(1, 2).reshape(len(slot), -1).index_select(0, at))
+    return self.c_proj(y.transpose(1, 2).reshape(len(token_at), -1).index_select(0, place_of))
 
 
 def response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """As dpo.response_logps, of a GPT; some token is under the mask."""
+    """As dpo.response_logps, of a GPT. At least one token is under the mask."""
     number = torch.arange(mask.numel(), device=mask.device)
-    last = (mask * number[:mask.size(1)]).amax(1, keepdim=True)                             # is predicted, and not read
+    last = (mask * number[:mask.size(1)]).amax(1, keepdim=True)                             # (B, 1) is predicted, and not read
     T = int(last.max())
-    row, place = (number[:T] < last).nonzero(as_tuple=True)                                 # of the n tokens that are read
-    at = row * T + place
-    slot = torch.zeros_like(number[:len(mask) * T]).index_put((at,), number[:len(at)])
-    asked, = mask[row, place + 1].nonzero(as_tuple=True)                                    # where the next is under the mask
-    row, place, at, slot, asked = (dpo.send(i, ids.device) for i in (row, place, at, slot, asked))
+    row, t = (number[:T] < last).nonzero(as_tuple=True)                                     # of the n tokens that are read
+    place_of = row * T + t                                                                  # (n,)
+    token_at = (number[:len(mask) * T] % len(t)).index_put((place_of,), number[:len(t)])    # (B T,)
+    predicts, = mask[row, t + 1].nonzero(as_tuple=True)                                     # whose next is under the mask
+    row, t, place_of, token_at, predicts = (dpo.send(i, ids.device) for i in (row, t, place_of, token_at, predicts))
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=pi.bf16):
-        x = pi.wte(ids[row, place]) + pi.wpe(place)                                         # (n, C)
+        x = pi.wte(ids[row, t]) + pi.wpe(t)                                                 # (n, C)
         for block in pi.h:
-            x = x + attention(block.attn, block.ln_1(x), (len(ids), T), slot, at)
+            x = x + attention(block.attn, block.ln_1(x), (len(ids), T), token_at, place_of)
             x = x + block.mlp(block.ln_2(x))
-        row, place = row[asked], place[asked] + 1
-        h, W = pi.ln_f(x.index_select(0, asked)), pi.wte.weight
+        h, W = pi.ln_f(x.index_select(0, predicts)), pi.wte.weight
         if pi.bf16:
             h, W = h.bfloat16(), W.bfloat16()
-        logps = LogProbs.apply(h, W, ids[row, place], torch.is_grad_enabled())
-    return logps.new_zeros(mask.shape).index_put((row, place), logps)
+        row, t = row[predicts], t[predicts] + 1
+        logps = LogProbs.apply(h, W, ids[row, t], torch.is_grad_enabled())
+    return logps.new_zeros(mask.shape).index_put((row, t), logps)
 
 
 class Stages(files.Stages):
-    """train.Stages, for which this file is a part of dpo.py: the core's pi_ref is taken, its scores and policies are not."""
+    """train.Stages, for which this file is a part of dpo.py: in a folder of train.py's, pi_ref and its completions are taken,
+    scores and policies are made anew."""
 
     def value(self, need: str) -> object:
         value = super().value(need)

@@ -162,19 +162,19 @@ def hull(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(xs), np.array(ys)
 
 
-def frontier_at(run: dict, method: str, kl: float) -> tuple[float | None, bool]:
-    """The reward on a method's frontier at no more than this KL, and whether a point of the method goes so far; of the optimum,
-    None where it cannot be told."""
+def frontier_at(run: dict, method: str, kl: float) -> tuple[float | None, str]:
+    """The reward on a method's frontier at no more than this KL, None where the optimum cannot be told; and the brackets to put
+    it in: () where no point of the method goes so far, [] where all go further, so that a chord from pi_ref stands there."""
     start = 0.0, run["reference"]["reward"]
     points = [(p["kl"], p["reward"]) for p in run["points"] if p["method"] == method]
     if method == "optimum":
         points = [(f["kl"], f["reward"]) for f in run["frontier"] if f["trusted"]]
     if method == "best of N":
         points = [(b["kl_bound"], b["reward"]) for b in run["best_of_n"]]
-    reached = kl <= max([x for x, _ in points], default=0.0)
-    if method == "optimum" and not reached:
-        return None, False
-    return float(np.interp(kl, *hull([start, *points]))), reached
+    nearest, farthest = (of([x for x, _ in points], default=0.0) for of in (min, max))
+    if method == "optimum" and kl > farthest:
+        return None, ""
+    return float(np.interp(kl, *hull([start, *points]))), "()" if kl > farthest else "[]" if kl < nearest else ""
 
 
 CLAIMS = {  # the paper's, of DPO's frontier against another's: which, and at how many of the grid's KLs
@@ -194,20 +194,21 @@ def verdict(differences: list[list[float]]) -> str:
 
 
 def summary(runs: list[dict]) -> str:
-    """Markdown: each method's frontier at no more than each KL of the grid, in parentheses where no point of it goes so far;
-    each claim's differences and verdict. Mean and, over several runs, standard deviation. Errors: BadInput if the runs are not of the same sweep."""
+    """Markdown: each method's frontier at no more than each KL of the grid, in the brackets that any run asks for; each claim's
+    differences and verdict. Mean and, over several runs, standard deviation.
+    Errors: BadInput if the runs are not of the same sweep."""
     if any((run["grid"], run["runs"]) != (runs[0]["grid"], runs[0]["runs"]) for run in runs):
         raise files.BadInput("these runs are not of the same sweep")
     grid, methods = runs[0]["grid"], dict.fromkeys(run["method"] for run in runs[0]["runs"])
 
-    def rewards(method: str, kl: float) -> tuple[list[float | None], bool]:
-        each, reached = zip(*(frontier_at(run, method, kl) for run in runs))
-        return list(each), all(reached)
+    def rewards(method: str, kl: float) -> tuple[list[float | None], str]:
+        each, brackets = zip(*(frontier_at(run, method, kl) for run in runs))
+        return list(each), max(brackets)
     head = "".join(f" {kl:g} |" for kl in grid)
     lines = [f"| reward at a KL of |{head}", "|---" * (1 + len(grid)) + "|"]
     for method in ("optimum", "best of N", *methods):
-        cells = [(cell(each), reached or None in each) for each, reached in (rewards(method, kl) for kl in grid)]
-        lines.append(f"| {method} | " + " | ".join(text if reached else f"({text})" for text, reached in cells) + " |")
+        cells = [around[:1] + cell(each) + around[1:] for each, around in (rewards(method, kl) for kl in grid)]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines += ["", f"| claim; DPO's reward less the other's at |{head} |", "|---" * (2 + len(grid)) + "|"]
     for claim, (other, first) in CLAIMS.items():
         if {other, "DPO"} <= methods.keys():
@@ -287,13 +288,12 @@ def run(sweep: Sweep, settings: Settings, methods: list[str], out: Path, device:
     runs, points = [one for one in sweep.runs() if one["method"] in methods], []
     for one in runs:
         name, e.stage.known["run"] = re.sub("[^a-z0-9.]+", "-", name_of(one).lower()), one
-        needs = "on_pairs batch optimise like_lengths warm_then_linear" if one["method"] in LOSSES else "on_samples reward_model tuning"
+        needs = f"on_pairs batch {train.TRAINS}" if one["method"] in LOSSES else "on_samples reward_model tuning"
         kept = e.stage(name, f"run evaluations scores rate seed dpo.py model.py {needs}", lambda: make(one))
         for k, found in enumerate(kept, 1):
             pi_theta = checkpoints.load(dict(config=dataclasses.asdict(e.pi_ref.config), weights=found["weights"]), device)
             seen = e.stage(
-                f"{name}-{k}", f"{name} held_out answers seed evaluate agreement beside_the_optimum joined draw optimal_curve "
-                "fraction_of_optimal mean_se",
+                f"{name}-{k}", f"{name} held_out answers seed {train.JUDGES}",
                 lambda: train.evaluate(e, pi_theta.requires_grad_(False), 1.0, f"{name_of(one)}, {k} of {len(kept)}"))["point"]
             points.append(dict(run=name_of(one), method=one["method"], part=k / len(kept), last=k == len(kept),
                                seconds=found["seconds"], samples=found["samples"]) | {key: seen[key] for key in KEPT})

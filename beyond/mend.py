@@ -231,8 +231,8 @@ def run(settings: Settings, names: list[str], out: Path, device: torch.device) -
     for name in names:
         study, draw = STUDIES[name]
         e.stage.known["study"] = inspect.getsource(study)
-        found[name] = e.stage(f"mend-{name}", "study beyond scores held_out batch seed answers rate dpo.py optimise like_lengths "
-                              "warm_then_linear evaluate agreement beside_the_optimum draw score", lambda: study(e))
+        found[name] = e.stage(f"mend-{name}", f"study beyond scores held_out batch seed answers rate dpo.py {train.TRAINS} "
+                              f"{train.JUDGES}", lambda: study(e))
         fig = report.new_figure(4.8, 3.6)
         ax = fig.add_subplot()
         draw(ax, e, found[name])

@@ -129,11 +129,12 @@ def test_the_table_of_speed_is_that_of_the_results():
         "where pairs share nothing it is {} and {} times".format(*times(unshared, "TRL")),
         "it is {} and {}, {} and {} times".format(*fast, *times(unshared, "TRL", "ratio_fast")),
         f"is {across(shared, bench.HERE):.0f} times as fast, {across(shared, bench.FAST):.0f} within fast.py",
-        f"of pairs that share nothing {across(unshared, bench.HERE):.0f} and {across(unshared, bench.FAST):.0f}.",
+        f"of pairs that share nothing {across(unshared, bench.HERE):.0f} and {across(unshared, bench.FAST):.0f} (medians",
         "Sampling is {} times as fast as `generate` in float32, {} times in bfloat16".format(*samples),
         "{} in float32 and {} in bfloat16, {} and {} within fast.py".format(*share[bench.HERE], *share[bench.FAST]),
     ):
         assert words in said
     first = " ".join((HERE.parent / "README.md").read_text(encoding="utf-8").split())
-    assert ("{} times as fast in float32 and {} times in bfloat16 ({} and {} times within `beyond/fast.py`), and sampling "
-            "{} and {} times".format(*core, *fast, *samples)) in first
+    assert ("{} times as fast in float32 and {} times in bfloat16 ({} and {} times within `beyond/fast.py`) where four completions "
+            "serve six pairs, {} and {} times where pairs share nothing, and sampling {} and {} times".format(
+                *core, *fast, *times(unshared, "TRL"), *samples)) in first

@@ -20,12 +20,20 @@ TINY = "--reviews 300 --steps 8 --prompts 24 --held-out 4 --samples 64 --batch 8
 @pytest.mark.parametrize("rows", [1, 3, 256])
 def test_the_gradient_of_a_logprob_is_that_of_its_differences(rows, monkeypatch):
     """gradcheck in float64, with respect to h and W, however many rows are taken at a time"""
-    monkeypatch.setattr(fast, "ROWS", rows)
+    monkeypatch.setitem(fast.ROWS, "cpu", rows)
     torch.manual_seed(0)
     h, W = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 5))
     y = torch.tensor([0, 4, 4, 1, 2, 0, 3])
     assert torch.autograd.gradcheck(lambda h, W: fast.LogProbs.apply(h, W, y, True), (h, W))
     assert_same(fast.LogProbs.apply(h, W, y, False), (h @ W.T).log_softmax(-1)[range(7), y])
+
+
+def test_a_second_derivative_is_refused():
+    """As d is kept as if it did not depend on h and W"""
+    h, W = (torch.randn(n, 3, requires_grad=True) for n in (2, 5))
+    dh, = torch.autograd.grad(fast.LogProbs.apply(h, W, torch.tensor([0, 4]), True).square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dh.sum().backward()
 
 
 def test_a_token_of_no_probability_has_a_finite_logprob():
@@ -59,7 +67,7 @@ def ragged() -> tuple:
 @pytest.mark.parametrize("rows", [2, 256])
 def test_logps_and_gradients_are_the_core_s_on_rows_of_any_length(rows, monkeypatch):
     """In float64, to rounding: nothing of the padding reaches a value or a gradient"""
-    monkeypatch.setattr(fast, "ROWS", rows)
+    monkeypatch.setitem(fast.ROWS, "cpu", rows)
     pi = worlds.gpt(1, context=8)
     logps, grads = everything(pi, *ragged())
     with fast.fast():

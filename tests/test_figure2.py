@@ -90,11 +90,17 @@ def made_up(shift: float) -> dict:
 
 
 def test_summary_by_hand():
-    """Two runs, alike but for pi_ref's reward  =>  frontiers with that deviation, differences without, parentheses where no point is"""
-    lines = figure2.summary([made_up(0.0), made_up(1.0)]).splitlines()
+    """Two runs, alike but for pi_ref's reward  =>  frontiers with that deviation, differences without; parentheses beyond the
+    last point, brackets before the first"""
+    runs = [made_up(0.0), made_up(1.0)]
+    lines = figure2.summary(runs).splitlines()
     assert lines[2:6] == ["| optimum | 2.50 ± 0.71 | - |", "| best of N | 1.00 ± 0.71 | 1.50 ± 0.71 |",
                           "| DPO | 2.00 ± 0.71 | 2.50 ± 0.71 |", "| PPO | 1.00 ± 0.71 | (1.00 ± 0.71) |"]
     assert lines[9] == "| DPO lies above PPO | 1.00 | 1.50 | seen |"
+    for run in runs:
+        run["grid"] = [0.5, 1]
+    assert figure2.summary(runs).splitlines()[4:6] == ["| DPO | [1.25 ± 0.71] | 2.00 ± 0.71 |",
+                                                       "| PPO | [0.75 ± 0.71] | 1.00 ± 0.71 |"]
 
 
 # --------------------------------------------------------------------------------------------- the sweep
