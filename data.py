@@ -74,7 +74,6 @@ def toy_reward(texts: list[str]) -> Tensor:
 
 # ----------------------------------------------------------------------------- the real world: IMDb
 
-
 MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt$")
 
 

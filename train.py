@@ -10,11 +10,10 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import math
 import random
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,11 +28,12 @@ from tqdm import tqdm
 import data
 import dpo
 from kit import report
+from kit.batches import in_groups, joined, like_lengths, longest, must_be_finite, padded, warm_then_linear
 from kit.checkpoints import bf16_pays, checkpoint, load, read_checkpoint
 from kit.estimates import BETAS, along, best_of_each_n, finite, fraction_of_optimal, mean_se, optimal_curve
 from kit.files import BadInput, Stages, checksum, pack, unpack
 from kit.own import encode_pairs, own_world
-from kit.terminal import exit_code, flags, peak_memory
+from kit.terminal import check, exit_code, flags, peak_memory
 from kit.tokens import gpt2_tokenizer, learn_tokenizer, tokenizer_of, tokens_of
 from model import GPT, GPTConfig, sample
 
@@ -132,41 +132,6 @@ def fine_tune(pi: GPT, texts: list[list[int]], settings: Settings) -> GPT:
     return pi
 
 
-def must_be_finite(values: list[Tensor], purpose: str):
-    """Errors: BadInput, which names the first step whose value is not."""
-    finite = torch.stack(values).isfinite()
-    if not finite.all():
-        raise BadInput(f"{purpose} diverged: not finite at step {int(finite.int().argmin())}; lower --rate, if it is DPO; "
-                       "what was made before is kept")
-
-
-def like_lengths(lengths: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """One pass over the rows in random batches whose rows are of like length, so that little of them is padding: rows are
-    sorted within random chunks of 20 batches."""
-    for chunk in np.array_split(rng.permutation(len(lengths)), math.ceil(len(lengths) / (20 * size))):
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        batches = np.array_split(chunk, math.ceil(len(chunk) / size))
-        for i in rng.permutation(len(batches)):
-            yield batches[i]
-
-
-def warm_then_linear(steps: int) -> Callable[[int], float]:
-    """What a rate is multiplied with: it rises over 2 % of the steps, then falls to 0."""
-    return lambda step: min(1.0, (step + 1) / (0.02 * steps + 1)) * (1 - step / steps)
-
-
-def padded(lists: list[list[int]]) -> Tensor:
-    """(B, T) ids, -1 after each one's end."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], True, -1)
-
-
-def joined(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each prompt with its response: ids and mask (B, T), padded on the right."""
-    ids = padded([x + y for x, y in zip(prompts, responses)]).to(device)
-    starts = torch.tensor([len(x) for x in prompts], device=device)[:, None]
-    return ids.clamp(min=0), (torch.arange(ids.size(1), device=device) >= starts) & (ids >= 0)
-
-
 def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
     """Cross-entropy of the batch's tokens after the first, nats per token."""
     ids = padded(batch).to(pi.wte.weight.device)
@@ -188,15 +153,6 @@ def draw(pi: GPT, prompts: list[list[int]], settings: Settings, tokenizer, purpo
                 responses[i] = y
             bar.update(len(rows))
     return responses
-
-
-def in_groups(values: list, size: int) -> list[list]:
-    return [values[i:i + size] for i in range(0, len(values), size)]
-
-
-def longest(mask: Tensor) -> Tensor:
-    """The tokens of each prompt together with its longest completion: mask (P, K, T) -> (P,)."""
-    return (mask.any(1) * torch.arange(mask.size(-1))).amax(-1) + 1
 
 
 def score(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
@@ -249,8 +205,8 @@ def optimise(pi_ref: GPT, preferences: dpo.Preferences, loss: dpo.Loss, rate: fl
 # ----------------------------------------------------------------------------- evaluation, and the optimum beside it
 
 # What a stage that trains depends on, and one that evaluates.
-TRAINS = "optimise longest like_lengths warm_then_linear"
-JUDGES = "evaluate agreement beside_the_optimum joined padded draw in_groups score longest kit/estimates.py"
+TRAINS = "optimise kit/batches.py"
+JUDGES = "evaluate agreement beside_the_optimum draw score kit/batches.py kit/estimates.py"
 
 
 @dataclass(frozen=True)
@@ -380,7 +336,7 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
         pi = start(world, settings, device)
         return checkpoint(fine_tune(pi, unpack(world["fine_tune"]), settings) if settings.steps else pi, world["tokens"])
     made = stage("reference", "texts init seed context n_layer n_head n_embd steps rows device bf16 model.py read_init start "
-                 "fine_tune token_nll padded like_lengths warm_then_linear", reference)
+                 "fine_tune token_nll kit/batches.py", reference)
     pi_ref = load(made, device).requires_grad_(False)
 
     triplets, counts = collect(stage, world, pi_ref, tokenizer, settings, rewards_of)
@@ -394,9 +350,9 @@ def prepare(settings: Settings, out: Path, device: torch.device, show: bool = Fa
     def scored() -> dict:
         ids, mask, pairs, weight = data.group(triplets)
         return dict(ids=ids, mask=mask, pi_ref=score(pi_ref, ids, mask), pairs=pairs, weight=weight)
-    scores = stage("scores", "world reference completions labels seed dpo.py score longest", scored)
-    held = stage("held_out", "world reference held_out samples answers labels seed dpo.py hold_out draw in_groups score "
-                 "longest token_nll padded", lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
+    scores = stage("scores", "world reference completions labels seed dpo.py score kit/batches.py", scored)
+    held = stage("held_out", "world reference held_out samples answers labels seed dpo.py hold_out draw score token_nll "
+                 "kit/batches.py", lambda: hold_out(pi_ref, world, tokenizer, settings, rewards_of))
     return Experiment(settings, stage, tokenizer, rewards_of, pi_ref,
                       dpo.Preferences(**scores), counts, world.get("accuracy"), held, dpo.Preferences(*held["pairs"]),
                       optimal_curve(held["rewards"]["reward"]) if rewards_of else None)
@@ -416,7 +372,7 @@ def collect(stage: Stages, world: dict, pi_ref: GPT, tokenizer: tiktoken.Encodin
         responses = draw(pi_ref, each, settings, tokenizer, "sampling completions")
         rewards = rewards_of["reward"]([data.text_of(x + y, tokenizer) for x, y in zip(each, responses)])
         return dict(responses=pack(responses), rewards=rewards.view(-1, K))
-    completed = stage("completions", "world reference completions seed draw in_groups", completions)
+    completed = stage("completions", "world reference completions seed draw kit/batches.py", completions)
     return data.preferences(prompts, in_groups(unpack(completed["responses"]), K), completed["rewards"], tokenizer,
                             settings.labels, random.Random(settings.seed))
 
@@ -436,7 +392,7 @@ def run(settings: Settings, out: Path, device: torch.device) -> dict:
                                          settings, f"DPO, beta {beta:g}", watch)
             records |= dict(kl_step=torch.tensor([*kl]), kl=torch.tensor([*kl.values()]))
             return checkpoint(pi_theta, tokens_of(e.tokenizer), records=records)
-        policies.append(e.stage(f"dpo-{beta}", f"scores batch rate seed peak_rate kl_so_far joined padded {TRAINS}", policy))
+        policies.append(e.stage(f"dpo-{beta}", f"scores batch rate seed peak_rate kl_so_far {TRAINS}", policy))
         pi_theta = load(policies[-1], device)
         evaluations.append(e.stage(f"evaluation-{beta}", f"dpo-{beta} held_out answers seed {JUDGES}",
                                    lambda: evaluate(e, pi_theta, beta)))
@@ -487,21 +443,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if getattr(args, f.name, None) is not None}
     own = args.data not in ("toy", "imdb")
-    for name, path in dict(data=args.data if own else None, init=args.init).items():
-        if path and Path(path).resolve().parent == args.out.resolve():
-            parser.error(f"--{name} {path} lies in --out, where this run may overwrite it: name another --out")
-    if args.imdb and args.data != "imdb":
-        parser.error("--imdb PATH needs --data imdb")
-    for name in ("labels", "reviews", "prompts", "samples"):
-        if own and name in given:
-            parser.error(f"--{name} has no meaning for preferences of your own: leave it out")
-    for name in ("tokenizer", "vocab_size"):
-        if args.init and name in given:
-            parser.error(f"--{name.replace('_', '-')} has no meaning beside --init, which brings its tokenizer: leave it out")
-    if args.tokenizer == "gpt2" and args.vocab_size:
-        parser.error("--vocab-size has no meaning beside --tokenizer gpt2: leave it out")
-    if own and not Path(args.data).exists():
-        parser.error(f"--data {args.data}: No such file; it is toy, imdb, or a file of preferences")
+    check(parser, args, own)
     defaults = (OWN | dict(data=args.data) | ({"steps": 0} if args.init else {})) if own else IMDB if args.data == "imdb" else {}
     settings = Settings(**defaults | given)
     if settings.samples % settings.completions:

@@ -148,7 +148,7 @@ def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False
         return in_parts(lambda *part: torch.stack(kls(pi_theta, pi_ref, *part), 1), micro_batch, ids, mask).unbind(1)
 
     def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
-        ids = nn.utils.rnn.pad_sequence([*map(torch.tensor, batch)], True, -1).to(pi.wte.weight.device)
+        ids = train.padded(batch).to(pi.wte.weight.device)
         mask = (ids >= 0) & (torch.arange(ids.size(1), device=ids.device) > 0)
         nll = -response_logps(pi, ids.clamp(min=0), mask).sum()
         return nll / mask.sum() if reduction == "mean" else nll

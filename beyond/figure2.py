@@ -41,7 +41,7 @@ from beyond import losses, ppo
 from beyond.compare import cell, config, parser_for, prompts_in, settings_from
 from beyond.ppo import Reward, Scalar, Tuning
 from dpo import Preferences
-from kit import checkpoints, estimates, files, report, terminal
+from kit import batches, checkpoints, estimates, files, report, terminal
 from model import GPT
 from train import Experiment, Settings
 
@@ -271,7 +271,7 @@ def run(sweep: Sweep, settings: Settings, methods: list[str], out: Path, device:
     """`train.prepare`, the reward model, then every run and each of its evaluations, a stage each; results, table, figure."""
     e = train.prepare(settings, out, device)
     e.stage.known |= dict(rates=sweep.reward_rates, evaluations=sweep.evaluations, tuning=sweep.tuning, on_samples=sources(
-        ppo, from_samples, snapshot, marks, normalised, train.joined), on_pairs=sources(from_pairs, snapshot, marks, *LOSSES.values()))
+        ppo, from_samples, snapshot, marks, normalised, batches), on_pairs=sources(from_pairs, snapshot, marks, *LOSSES.values()))
     learned = e.stage("reward_model", "scores batch seed on_samples dpo.py model.py rates", lambda: fit(e, sweep.reward_rates))
     r_phi = Scalar(e.pi_ref).requires_grad_(False)
     r_phi.load_state_dict(learned["weights"])

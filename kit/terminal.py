@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 def usable_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).cpu().to(name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine; try cpu") from None
 
 
@@ -100,6 +100,25 @@ def flags(doc: str, toy: object, imdb: object) -> Parser:
     return parser
 
 
+def check(parser: Parser, args: argparse.Namespace, own: bool):
+    """Refuse flags that have no meaning together, or would overwrite what is given; `own` if --data is one's own."""
+    for name, path in dict(data=args.data if own else None, init=args.init).items():
+        if path and Path(path).resolve().parent == args.out.resolve():
+            parser.error(f"--{name} {path} lies in --out, where this run may overwrite it: name another --out")
+    if args.imdb and args.data != "imdb":
+        parser.error("--imdb PATH needs --data imdb")
+    for name in ("labels", "reviews", "prompts", "samples"):
+        if own and getattr(args, name) is not None:
+            parser.error(f"--{name} has no meaning for preferences of your own: leave it out")
+    for name in ("tokenizer", "vocab_size"):
+        if args.init and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} has no meaning beside --init, which brings its tokenizer: leave it out")
+    if args.tokenizer == "gpt2" and args.vocab_size:
+        parser.error("--vocab-size has no meaning beside --tokenizer gpt2: leave it out")
+    if own and not Path(args.data).exists():
+        parser.error(f"--data {args.data}: No such file; it is toy, imdb, or a file of preferences")
+
+
 def exit_code(prog: str, out: Path, work: Callable[[], str | None], see: str = "") -> int:
     """Do work(), alone in its folder, and print what it says, with the time it took. 2 and one line for what was given and
     cannot be used, or where memory or disk ran out; 130 for an interruption. A mistake of the program is a traceback."""
@@ -126,8 +145,8 @@ def exit_code(prog: str, out: Path, work: Callable[[], str | None], see: str = "
 
 
 def keep_freed_memory():
-    """Ask glibc not to hand large freed blocks back to the system, so that each logits tensor need not be paged in anew: a
-    fifth of a DPO step on CPU. Other systems are left as they are."""
+    """Ask glibc not to hand large freed blocks back to the system, so that each logits tensor need not be paged in
+    anew. Other systems are left as they are."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter in (-1, -2, -3):                  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
             libc.mallopt(parameter, 1 << 30)

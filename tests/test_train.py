@@ -369,7 +369,7 @@ def test_a_step_asks_its_device_nothing(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())       # it knows no meta
     pi, records = two_steps_on("meta")
     assert {v.device.type for v in (*records[-1].values(), *(p.grad for p in pi.parameters()))} == {"meta"}
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         torch.ones(2, device="meta").nonzero()
 
 
