@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dpo
-from beyond.fast import fast
+from beyond.fast import fast, new_places
 from kit import files, terminal
 from model import GPT, GPTConfig, sample
 
@@ -90,14 +90,16 @@ def preferences(size: Size, P: int, K: int, seed: int) -> dpo.Preferences:
     return dpo.Preferences(ids, mask, torch.zeros(ids.shape), pairs, torch.ones(len(pairs)))
 
 
-FORMULA = "3 x (24 L C^2 for each token that is read + 4 L C for each key that one may attend to + 2 C V for each response token)"
+FORMULA = ("3 x (24 L C^2 for each token that is read + 4 L C for each key that it may attend to + 2 C V for each response token); "
+           "what a row's beginning has in common with that of the row before is read once")
 
 
-def flops(size: Size, mask: Tensor) -> float:
-    """Of forward and backward, at the positions that are needed alone: no padding, no logits of prompts, no future keys."""
-    read = ((mask * torch.arange(size.context)).amax(-1)).double()      # all tokens but a row's last: (P, K)
-    L, C = size.n_layer, size.n_embd
-    return 3 * float((24 * L * C * C * read + 4 * L * C * read * (read + 1) / 2).sum() + 2 * C * size.vocab_size * mask.sum())
+def flops(size: Size, batch: dpo.Preferences) -> float:
+    """Of forward and backward, at the positions that are needed alone: no padding, no logits of prompts, no future keys, and a
+    prompt once for all its completions."""
+    ids, mask = batch.ids.flatten(0, 1), batch.mask.flatten(0, 1)
+    keys, L, C = new_places(ids, mask) * torch.arange(1.0, size.context + 1).double(), size.n_layer, size.n_embd
+    return 3 * float(24 * L * C * C * keys.count_nonzero() + 4 * L * C * keys.sum() + 2 * C * size.vocab_size * mask.sum())
 
 
 def gpts(size: Size) -> tuple[GPT, GPT]:
@@ -139,7 +141,7 @@ def ours(size: Size, what: dict[str, dpo.Preferences], prompts: list[list[int]],
     for (name, batch), (who, how) in itertools.product(what.items(), ((HERE, nullcontext), (FAST, fast))):
         pi = copy.deepcopy(pi_theta)
         optimizer = torch.optim.SGD(pi.parameters(), lr=RATE, momentum=0.9, fused=True)
-        need = flops(size, batch.mask)
+        need = flops(size, batch)
         tasks += [Task(f"DPO step, {name}", who, dtype, "pairs", partial(step, how, pi, optimizer, batch), need),
                   Task(f"reference, {name}", who, dtype, "pairs", partial(reference, how, batch), need / 3)]
     return tasks + [Task("sampling", HERE, dtype, "tokens", draw)]

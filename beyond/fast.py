@@ -7,6 +7,8 @@ Eq. 7 asks for log pi(y_t | x, y_<t) at the tokens of y and for its gradient. mo
 - *Padding.* Rows of a batch differ in length. Here the tokens of all rows lie one after another, (n, C), and every layer but
   attention treats each by itself. Attention is given rows again, in which the places that hold nothing repeat some token: no
   token looks to its right, so none sees them, and no gradient comes back.
+- *Prompts.* For the same reason rows that begin alike, as the completions of a prompt do, are the same up to where they part.
+  What a row shares with the one above it is computed once, and attention is given it in both.
 - *Logits.* Of z = h W', (n, V), autograd keeps log-softmax in float32, and goes over it twice more on the way back. But with
   p = softmax(z) and g_t what comes back for token t,
 
@@ -67,16 +69,27 @@ def attention(self: Attention, x: Tensor, shape: tuple[int, int], token_at: Tens
     return self.c_proj(y.transpose(1, 2).reshape(len(token_at), -1).index_select(0, place_of))
 
 
+def new_places(ids: Tensor, mask: Tensor) -> Tensor:
+    """Where rows ids, mask (B, T) hold a token that is read, as all are up to the last that is predicted, and that does not end
+    a beginning of the row above as well: (B, T). If ids are on a GPU and the mask is not, none is asked what they share."""
+    place = torch.arange(mask.size(1), device=mask.device)
+    read = place < (mask * place).amax(1, keepdim=True)
+    if ids.device != mask.device:
+        return read
+    alike = (read[:-1] & (ids[1:] == ids[:-1])).cumprod(1).bool()
+    return torch.cat((read[:1], read[1:] & ~alike))
+
+
 def response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """As dpo.response_logps, of a GPT. At least one token is under the mask."""
-    number = torch.arange(mask.numel(), device=mask.device)
-    last = (mask * number[:mask.size(1)]).amax(1, keepdim=True)                             # (B, 1) is predicted, and not read
-    T = int(last.max())
-    row, t = (number[:T] < last).nonzero(as_tuple=True)                                     # of the n tokens that are read
-    place_of = row * T + t                                                                  # (n,)
-    token_at = (number[:len(mask) * T] % len(t)).index_put((place_of,), number[:len(t)])    # (B T,)
-    predicts, = mask[row, t + 1].nonzero(as_tuple=True)                                     # whose next is under the mask
-    row, t, place_of, token_at, predicts = (dpo.send(i, ids.device) for i in (row, t, place_of, token_at, predicts))
+    new = new_places(ids, mask)
+    T = int(new.any(0).sum())
+    row, t = new[:, :T].nonzero(as_tuple=True)                                              # of the n tokens to compute
+    number = torch.arange(len(t), device=mask.device)
+    token_at = torch.zeros_like(new[:, :T], dtype=torch.long).index_put((row, t), number).cummax(0).values      # (B, T)
+    to, after = mask[:, 1:T + 1].nonzero(as_tuple=True)                                     # rows, and places that predict
+    index = row, t, row * T + t, token_at.flatten(), to, after, token_at[to, after]
+    row, t, place_of, token_at, to, after, predicts = (dpo.send(i, ids.device) for i in index)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=pi.bf16):
         x = pi.wte(ids[row, t]) + pi.wpe(t)                                                 # (n, C)
         for block in pi.h:
@@ -85,9 +98,8 @@ def response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
         h, W = pi.ln_f(x.index_select(0, predicts)), pi.wte.weight
         if pi.bf16:
             h, W = h.bfloat16(), W.bfloat16()
-        row, t = row[predicts], t[predicts] + 1
-        logps = LogProbs.apply(h, W, ids[row, t], torch.is_grad_enabled())
-    return logps.new_zeros(mask.shape).index_put((row, t), logps)
+        logps = LogProbs.apply(h, W, ids[to, after + 1], torch.is_grad_enabled())
+    return logps.new_zeros(mask.shape).index_put((to, after + 1), logps)
 
 
 class Stages(files.Stages):

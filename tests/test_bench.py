@@ -55,16 +55,20 @@ def test_pairs_are_those_of_the_completions_which_end(P, K, rows):
 
 
 def test_flops_are_those_that_a_loop_over_tokens_counts():
-    """One multiplication and one addition for each weight and token, each pair of query and key twice, no logits of the prompt"""
+    """One multiplication and one addition for each weight and token, each pair of query and key twice, no logits of the prompt, no
+    token twice up to where a row parts from the one before"""
     batch, (L, C, V) = bench.preferences(TINY, 3, 2, 1), (TINY.n_layer, TINY.n_embd, TINY.vocab_size)
-    count = 0
-    for mask in batch.mask.flatten(0, 1):
+    count, before = 0, []
+    for ids, mask in zip(batch.ids.flatten(0, 1).tolist(), batch.mask.flatten(0, 1)):
         read = int(mask.nonzero().max())                            # the last token is predicted, and not read
         for t in range(read):
+            count += 2 * C * V * bool(mask[t + 1])
+            if ids[:t + 1] == before[:t + 1]:
+                continue
             count += L * 2 * (3 * C * C + C * C + 4 * C * C + 4 * C * C)        # qkv, projection, up, down
             count += L * 2 * 2 * C * (t + 1)                                    # scores, and their mean of values
-            count += 2 * C * V * bool(mask[t + 1])
-    assert bench.flops(TINY, batch.mask) == 3 * count               # the backward pass is twice the forward one
+        before = ids[:read]
+    assert bench.flops(TINY, batch) == 3 * count               # the backward pass is twice the forward one
 
 
 def test_ratios_are_of_one_repetition_and_shares_of_the_same_dtype():

@@ -79,6 +79,43 @@ def test_logps_and_gradients_are_the_core_s_on_rows_of_any_length(rows, monkeypa
     assert (logps[ragged()[1]] < 0).all() and (found[~ragged()[1]] == 0).all()
 
 
+def alike(seed: int, in_order: bool) -> tuple:
+    """Rows of two symbols, so that many begin alike, and go on alike where one has ended or is not read."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randint, generator=generator)
+    ids = draw(2, (12, 8))
+    if in_order:
+        ids = torch.tensor(sorted(ids.tolist()))
+    starts, lengths, place = draw(1, 8, (12, 1)), draw(0, 4, (12, 1)), torch.arange(8)
+    return ids, (place >= starts) & (place < starts + lengths), torch.randn(12, 8, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("in_order", [False, True])
+def test_what_rows_share_is_as_if_each_were_computed_by_itself(seed, in_order):
+    """Log-probabilities and gradients, in float64"""
+    pi = worlds.gpt(1, context=8)
+    logps, grads = everything(pi, *alike(seed, in_order))
+    with fast.fast():
+        found, found_grads = everything(pi, *alike(seed, in_order))
+    assert_same(found, logps)
+    for name, grad in grads.items():
+        assert_same(found_grads[name], grad)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_rows_in_order_each_beginning_is_computed_once(seed):
+    """As many tokens pass through the GPT as there are beginnings, which are a tree's nodes; all the rows' if ids are elsewhere"""
+    ids, mask, _ = alike(seed, in_order=True)
+    mask[:, 7] = True                                                   # all are read to the same place
+    pi, seen = worlds.gpt(1, context=8), []
+    pi.h[0].ln_1.register_forward_hook(lambda module, x, y: seen.append(len(y)))
+    fast.response_logps(pi, ids, mask)
+    last = (mask * torch.arange(8)).amax(1).tolist()
+    assert seen == [len({tuple(row[:t + 1]) for row, end in zip(ids.tolist(), last) for t in range(end)})] < [sum(last)]
+    assert fast.new_places(ids.to("meta"), mask).sum() == sum(last)
+
+
 def test_in_bfloat16_the_gradient_is_as_near_to_float64_s_as_the_core_s_is():
     ids, mask, weight = ragged()
     exact = everything(worlds.gpt(1, context=8), ids, mask, weight)[1]
