@@ -1,7 +1,7 @@
 """train.py's experiment on several processes, in parts of a batch that fit into memory, at sizes that need it.
 
     torchrun --nproc_per_node=N -m beyond.distributed [train.py's flags]
-             [--size gpt2] [--micro-batch M] [--checkpoint-activations]
+             [--size gpt2] [--micro-batch M] [--checkpoint-activations] [--compile]
     python -m beyond.distributed ...                    one process
 
 Why parts are right. A loss L sees the parameters theta only through the values v_1 ... v_B that the model gives the texts of
@@ -61,6 +61,7 @@ class Settings(train.Settings):
     processes: int = 1
     micro_batch: int | None = None          # texts at a time on each process; all if None
     checkpoint_activations: bool = False
+    compile: bool = False
 
 
 # ----------------------------------------------------------------------------- parts of a batch
@@ -134,10 +135,12 @@ def replaced(owner: object, **attributes: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False) -> Iterator[None]:
+def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False, compile: bool = False) -> Iterator[None]:
     """Within, models run on shares and parts of texts, and dpo.train, train.fine_tune, train.optimise, train.score and
-    train.evaluate give what they give without, on every process; all must be called by all, with the same arguments."""
+    train.evaluate give what they give without, on every process; all must be called by all, with the same arguments. Blocks
+    that have no cache are compiled if `compile` says so."""
     logps, kls, one_draw, block = dpo.response_logps, dpo.sequence_kl, train.draw, model.Block.forward
+    without_cache = torch.compile(block, dynamic=True) if compile else block
 
     def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         names, theta = zip(*pi.named_parameters(prefix="pi"))
@@ -166,9 +169,11 @@ def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False
         return [responses[i] for i in range(len(prompts))]
 
     def forward(self: model.Block, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        if not (checkpoint_activations and torch.is_grad_enabled()):
+        if cache is not None:
             return block(self, x, cache, start)
-        return checkpoint(block, self, x, cache, start, use_reentrant=False, preserve_rng_state=False)
+        if checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(without_cache, self, x, use_reentrant=False, preserve_rng_state=False)
+        return without_cache(self, x)
 
     with (replaced(dpo, response_logps=response_logps, sequence_kl=sequence_kl), replaced(model.Block, forward=forward),
           replaced(train, token_nll=token_nll, draw=draw)):
@@ -246,11 +251,12 @@ def parse(argv: list[str]) -> tuple:
     add("--micro-batch", type=terminal.between(1, 10 ** 7, int), metavar="N", help="texts (reviews, or responses) that a process "
         "has in memory at once (default: all of its share)")
     add("--checkpoint-activations", action="store_true", help="keep each block's input alone, and compute the rest again")
+    add("--compile", action="store_true", help="compile the blocks (torch.compile); a GPU needs Triton for it, a CPU a C++ compiler")
     own, rest = parser.parse_known_args(argv)
     args, settings = train.parse(rest)
     size = {name: value for name, value in SIZES.get(own.size, {}).items() if getattr(args, name, None) is None}
     return args, Settings(**dataclasses.asdict(settings) | size, processes=dist.get_world_size(), micro_batch=own.micro_batch,
-                          checkpoint_activations=own.checkpoint_activations)
+                          checkpoint_activations=own.checkpoint_activations, compile=own.compile)
 
 
 def experiment(args, settings: Settings):
@@ -260,7 +266,8 @@ def experiment(args, settings: Settings):
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         alone = files.alone_in(args.out)
-    with alone, sharded(settings.micro_batch, settings.checkpoint_activations), replaced(train, Stages=Stages):
+    parts = sharded(settings.micro_batch, settings.checkpoint_activations, settings.compile)
+    with alone, parts, replaced(train, Stages=Stages):
         if args.show:
             train.prepare(settings, args.out, device, show=True)
             return
@@ -277,6 +284,8 @@ def explain(e: BaseException, args) -> int:
         said, code = f"interrupted; the stages that ended are kept in {args.out}, run again to go on", 130
     elif isinstance(e, RuntimeError) and re.search("onnection (closed|reset)|roken pipe|remote process|peer", said):
         said, code = "another process of this run ended; the stages that ended are kept, run again to go on", 2
+    elif isinstance(e, RuntimeError) and type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        said, code = f"--compile: {str(e).strip().splitlines()[0]}", 2
     elif isinstance(e, (BadInput, OSError, MemoryError)) or isinstance(e, RuntimeError) and re.search("alloc|out of memory", said):
         said, code = said or "out of memory", 2
     else:

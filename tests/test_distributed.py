@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo import lookup_backend
 
 import dpo
 import train
@@ -37,8 +38,9 @@ def free_port() -> int:
 class Group:
     """N processes with torchrun's variables, but without torchrun, which ends the others when one fails."""
 
-    def __init__(self, N: int, *argv: object):
+    def __init__(self, N: int, *argv: object, **variables: object):
         env = ENV | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(N))
+        env |= {name: str(value) for name, value in variables.items()}
         self.files = [[tempfile.TemporaryFile("w+") for _ in range(2)] for _ in range(N)]
         self.processes = [subprocess.Popen([sys.executable, *map(str, argv)], stdout=out, stderr=err, cwd=ROOT,
                                            env=env | dict(RANK=str(r), LOCAL_RANK=str(r)))
@@ -271,6 +273,22 @@ def test_what_is_computed_again_gives_the_same_gradients(micro_batch, checkpoint
         close(everything(), whole)
 
 
+@pytest.mark.parametrize("micro_batch, checkpoint", [(None, False), (3, True)])
+def test_compiled_blocks_give_the_same_steps(micro_batch, checkpoint, alone, whole, monkeypatch):
+    """Traced forward and backward; the machine's code is PyTorch's matter. A trace serves every block and every length, so that
+    there are fewer than PyTorch gives up at"""
+    torch._dynamo.reset()
+    traced, compiler = [], torch.compile
+
+    def eager(graph, inputs):
+        traced.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+    monkeypatch.setattr(torch, "compile", partial(compiler, backend=eager))
+    with distributed.sharded(micro_batch, checkpoint, compile=True):
+        close(training(), whole["training"])
+    assert 1 <= len(traced) < torch._dynamo.config.recompile_limit
+
+
 def test_nothing_stays_replaced(alone):
     before = dpo.response_logps, dpo.sequence_kl, train.token_nll, train.draw, train.GPT.forward, distributed.model.Block.forward
     with pytest.raises(ZeroDivisionError), distributed.sharded(2, True):
@@ -307,7 +325,8 @@ def torchrun(*argv: object) -> subprocess.CompletedProcess:
 
 def results(out: Path) -> dict:
     found = json.loads((out / "results.json").read_text())
-    config = {name: v for name, v in found["config"].items() if name not in ("processes", "micro_batch", "checkpoint_activations")}
+    own = ("processes", "micro_batch", "checkpoint_activations", "compile")
+    config = {name: v for name, v in found["config"].items() if name not in own}
     return found | dict(seconds=None, peak_memory_bytes=None, config=config)
 
 
@@ -417,6 +436,13 @@ def fails(*args):
         yield record
 dpo.train = fails
 """
+
+
+def test_without_a_compiler_compile_is_one_line_and_exit_code_2(tmp_path):
+    codes, out, err = Group(1, "-m", "beyond.distributed", *TINY, "--out", tmp_path / "out", "--compile", "--device", "cpu",
+                            CXX="nowhere", TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache").end()
+    assert codes == [2] and "Traceback" not in err
+    assert one_line(err).startswith("distributed.py: --compile: ") and "compiler" in one_line(err)
 
 
 @pytest.mark.parametrize("rank, how, codes, says", [
