@@ -8,7 +8,8 @@ Eq. 7 asks for log pi(y_t | x, y_<t) at the tokens of y and for its gradient. mo
   attention treats each by itself. Attention is given rows again, in which the places that hold nothing repeat some token: no
   token looks to its right, so none sees them, and no gradient comes back.
 - *Prompts.* For the same reason rows that begin alike, as the completions of a prompt do, are the same up to where they part.
-  What a row shares with the one above it is computed once, and attention is given it in both.
+  On a CPU what a row shares with the one above it is computed once, and attention is given it in both; a GPU would have to be
+  asked, and waited for.
 - *Logits.* Of z = h W', (n, V), autograd keeps log-softmax in float32, and goes over it twice more on the way back. But with
   p = softmax(z) and g_t what comes back for token t,
 
@@ -33,7 +34,7 @@ from beyond.distributed import replaced
 from kit import files
 from model import GPT, Attention, attend
 
-ROWS = dict(cpu=256, cuda=1 << 14)      # of logits at a time: in float32 4 MB of 4,097 tokens there, 3 GB of 50,257 here
+ROWS = dict(cpu=256, cuda=1 << 14)      # of logits at a time: 4 MB in float32 of 4,097 tokens, 3 GB of 50,257
 
 
 class LogProbs(torch.autograd.Function):
