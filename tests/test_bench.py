@@ -71,6 +71,14 @@ def test_flops_are_those_that_a_loop_over_tokens_counts():
     assert bench.flops(TINY, batch) == 3 * count               # the backward pass is twice the forward one
 
 
+def test_of_the_tokens_of_the_shared_batch_a_tenth_is_what_completions_share():
+    """beyond/README.md says so"""
+    batch = bench.preferences(bench.Size(), 16, 4, 1)
+    ids, mask = batch.ids.flatten(0, 1), batch.mask.flatten(0, 1)
+    read = (mask * torch.arange(ids.size(1))).amax(1).sum()
+    assert round(float(1 - bench.new_places(ids, mask).sum() / read), 1) == 0.1
+
+
 def test_ratios_are_of_one_repetition_and_shares_of_the_same_dtype():
     here = bench.Task("step", "here", "float32", "pairs", None, flops=100.0)
     there, product = replace(here, who="TRL", flops=None), bench.Task("product", "here", "float32", "products", None, flops=50.0)
