@@ -95,8 +95,8 @@ FORMULA = ("3 x (24 L C^2 for each token that is read + 4 L C for each key that 
 
 
 def flops(size: Size, batch: dpo.Preferences) -> float:
-    """Of forward and backward, at the positions that are needed alone: no padding, no logits of prompts, no future keys, and a
-    prompt once for all its completions."""
+    """Of forward and backward, at the positions that are needed alone: no padding, no logits of prompts, no future keys, and once
+    what a row's beginning has in common with that of the row before."""
     ids, mask = batch.ids.flatten(0, 1), batch.mask.flatten(0, 1)
     keys, L, C = new_places(ids, mask) * torch.arange(1.0, size.context + 1).double(), size.n_layer, size.n_embd
     return 3 * float(24 * L * C * C * keys.count_nonzero() + 4 * L * C * keys.sum() + 2 * C * size.vocab_size * mask.sum())

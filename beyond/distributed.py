@@ -137,10 +137,12 @@ def replaced(owner: object, **attributes: object) -> Iterator[None]:
 @contextlib.contextmanager
 def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False, compile: bool = False) -> Iterator[None]:
     """Within, models run on shares and parts of texts, and dpo.train, train.fine_tune, train.optimise, train.score and
-    train.evaluate give what they give without, on every process; all must be called by all, with the same arguments. Blocks
-    that have no cache are compiled if `compile` says so."""
+    train.evaluate give what they give without, on every process; all must be called by all, with the same arguments. With
+    `compile` blocks are compiled where they are called without a cache. A trace serves every block, at any length, but there are
+    several: with gradients and without, of one text and of more, of parameters and of what stands for them."""
     logps, kls, one_draw, block = dpo.response_logps, dpo.sequence_kl, train.draw, model.Block.forward
     without_cache = torch.compile(block, dynamic=True) if compile else block
+    traces = replaced(torch._dynamo.config, recompile_limit=64) if compile else contextlib.nullcontext()
 
     def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         names, theta = zip(*pi.named_parameters(prefix="pi"))
@@ -175,7 +177,7 @@ def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False
             return checkpoint(without_cache, self, x, use_reentrant=False, preserve_rng_state=False)
         return without_cache(self, x)
 
-    with (replaced(dpo, response_logps=response_logps, sequence_kl=sequence_kl), replaced(model.Block, forward=forward),
+    with (traces, replaced(dpo, response_logps=response_logps, sequence_kl=sequence_kl), replaced(model.Block, forward=forward),
           replaced(train, token_nll=token_nll, draw=draw)):
         yield
 
@@ -284,8 +286,8 @@ def explain(e: BaseException, args) -> int:
         said, code = f"interrupted; the stages that ended are kept in {args.out}, run again to go on", 130
     elif isinstance(e, RuntimeError) and re.search("onnection (closed|reset)|roken pipe|remote process|peer", said):
         said, code = "another process of this run ended; the stages that ended are kept, run again to go on", 2
-    elif isinstance(e, RuntimeError) and type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        said, code = f"--compile: {str(e).strip().splitlines()[0]}", 2
+    elif isinstance(e, RuntimeError) and (missing := re.search(".*working (C|triton).*", str(e))):
+        said, code = f"--compile: {missing[0]}", 2
     elif isinstance(e, (BadInput, OSError, MemoryError)) or isinstance(e, RuntimeError) and re.search("alloc|out of memory", said):
         said, code = said or "out of memory", 2
     else:

@@ -8,15 +8,15 @@ Eq. 7 asks for log pi(y_t | x, y_<t) at the tokens of y and for its gradient. mo
   attention treats each by itself. Attention is given rows again, in which the places that hold nothing repeat some token: no
   token looks to its right, so none sees them, and no gradient comes back.
 - *Prompts.* For the same reason rows that begin alike, as the completions of a prompt do, are the same up to where they part.
-  On a CPU what a row shares with the one above it is computed once, and attention is given it in both; a GPU would have to be
-  asked, and waited for.
+  What a row shares with the one above it is computed once, and attention is given it in both. This needs ids on the CPU: a GPU
+  that has them would have to be asked, and waited for.
 - *Logits.* Of z = h W', (n, V), autograd keeps log-softmax in float32, and goes over it twice more on the way back. But with
   p = softmax(z) and g_t what comes back for token t,
 
       L = sum_t g_t log p_t[y_t],   d_t = p_t - onehot(y_t)    =>    dL/dh_t = -g_t d_t W,   dL/dW = -sum_t d_t' g_t h_t
 
   so that d alone is kept, in the dtype of the products, g meets (n, C) instead of (n, V), and two products are the way back.
-  The softmax takes a few rows at a time, which stay in a processor's cache, or leave room on a GPU, and d takes the place of z.
+  The softmax takes some rows at a time, which stay in a processor's cache, or leave room on a GPU, and d takes the place of z.
 
 `fast` replaces `dpo.response_logps` while it is open. Fine-tuning, whose batches have hardly any padding, is left as it is.
 """
@@ -34,7 +34,7 @@ from beyond.distributed import replaced
 from kit import files
 from model import GPT, Attention, attend
 
-ROWS = dict(cpu=256, cuda=1 << 14)      # of logits at a time in float32: 4 MB of 4,097 tokens, 3 GB of 50,257
+ROWS = dict(cpu=256, cuda=1 << 14)      # of logits and of p at a time, in float32: 4 MB each of 4,097 tokens, 3 GB of 50,257
 
 
 class LogProbs(torch.autograd.Function):
@@ -62,15 +62,16 @@ class LogProbs(torch.autograd.Function):
 
 
 def attention(self: Attention, x: Tensor, shape: tuple[int, int], token_at: Tensor, place_of: Tensor) -> Tensor:
-    """model.Attention for tokens x (n, C): the `place_of` each among the places (B, T) in `shape`; the `token_at` each."""
+    """model.Attention for tokens x (n, C): `place_of` each token, the first of its places among (B, T) = `shape`; `token_at`
+    each place, its token."""
     q, k, v = self.c_attn(x).index_select(0, token_at).view(*shape, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
     y = attend(q, k, v, 0, fused=x.is_cuda)                                                 # (B, nh, T, hs)
     return self.c_proj(y.transpose(1, 2).reshape(len(token_at), -1).index_select(0, place_of))
 
 
 def new_places(ids: Tensor, mask: Tensor) -> Tensor:
-    """Where rows ids, mask (B, T) hold a token that is read, as all are up to the last that is predicted, and that does not end
-    a beginning of the row above as well: (B, T). If ids are on a GPU and the mask is not, none is asked what they share."""
+    """True at the tokens to compute, (B, T): of rows ids, mask (B, T) those before the last under the mask, less the beginning
+    that the row above has and reads too. If ids and mask are on different devices nothing is compared."""
     place = torch.arange(mask.size(1), device=mask.device)
     read = place < (mask * place).amax(1, keepdim=True)
     if ids.device != mask.device:
@@ -80,15 +81,15 @@ def new_places(ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """As dpo.response_logps, of a GPT. At least one token is under the mask."""
+    """As dpo.response_logps, of a GPT. At least one token after the first is under the mask."""
     new = new_places(ids, mask)
-    T = int(new.any(0).sum())
-    row, t = new[:, :T].nonzero(as_tuple=True)                                              # of the n tokens to compute
-    number = torch.arange(len(t), device=mask.device)
-    token_at = torch.zeros_like(new[:, :T], dtype=torch.long).index_put((row, t), number).cummax(0).values      # (B, T)
-    to, after = mask[:, 1:T + 1].nonzero(as_tuple=True)                                     # rows, and places that predict
-    index = row, t, row * T + t, token_at.flatten(), to, after, token_at[to, after]
-    row, t, place_of, token_at, to, after, predicts = (dpo.send(i, ids.device) for i in index)
+    row, t = new.nonzero(as_tuple=True)                                                     # of the n tokens to compute
+    T = int(t.max()) + 1
+    new = new[:, :T]
+    token_at = (new * (new.flatten().cumsum(0).view(new.shape) - 1)).cummax(0).values       # (B, T)
+    y_row, before = mask[:, 1:T + 1].nonzero(as_tuple=True)                                 # of tokens y_t: the place that predicts
+    index = row, t, row * T + t, token_at.flatten(), y_row, before, token_at[y_row, before]
+    row, t, place_of, token_at, y_row, before, predicts = (dpo.send(i, ids.device) for i in index)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=pi.bf16):
         x = pi.wte(ids[row, t]) + pi.wpe(t)                                                 # (n, C)
         for block in pi.h:
@@ -97,8 +98,8 @@ def response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
         h, W = pi.ln_f(x.index_select(0, predicts)), pi.wte.weight
         if pi.bf16:
             h, W = h.bfloat16(), W.bfloat16()
-        logps = LogProbs.apply(h, W, ids[to, after + 1], torch.is_grad_enabled())
-    return logps.new_zeros(mask.shape).index_put((to, after + 1), logps)
+        logps = LogProbs.apply(h, W, ids[y_row, before + 1], torch.is_grad_enabled())
+    return logps.new_zeros(mask.shape).index_put((y_row, before + 1), logps)
 
 
 class Stages(files.Stages):

@@ -15,6 +15,7 @@ from test_train import two_steps_on
 from worlds import assert_same
 
 TINY = "--reviews 300 --steps 8 --prompts 24 --held-out 4 --samples 64 --batch 8 --beta 1".split()
+gpt = partial(worlds.gpt, context=8, n_layer=2)             # what a place of the first layer holds reaches the second
 
 
 @pytest.mark.parametrize("rows", [1, 3, 256])
@@ -68,7 +69,7 @@ def ragged() -> tuple:
 def test_logps_and_gradients_are_the_core_s_on_rows_of_any_length(rows, monkeypatch):
     """In float64, to rounding: nothing of the padding reaches a value or a gradient"""
     monkeypatch.setitem(fast.ROWS, "cpu", rows)
-    pi = worlds.gpt(1, context=8)
+    pi = gpt(1)
     logps, grads = everything(pi, *ragged())
     with fast.fast():
         assert dpo.response_logps is fast.response_logps
@@ -94,7 +95,7 @@ def alike(seed: int, in_order: bool) -> tuple:
 @pytest.mark.parametrize("in_order", [False, True])
 def test_what_rows_share_is_as_if_each_were_computed_by_itself(seed, in_order):
     """Log-probabilities and gradients, in float64"""
-    pi = worlds.gpt(1, context=8)
+    pi = gpt(1)
     logps, grads = everything(pi, *alike(seed, in_order))
     with fast.fast():
         found, found_grads = everything(pi, *alike(seed, in_order))
@@ -108,18 +109,30 @@ def test_of_rows_in_order_each_beginning_is_computed_once(seed):
     """As many tokens pass through the GPT as there are beginnings, which are a tree's nodes; all the rows' if ids are elsewhere"""
     ids, mask, _ = alike(seed, in_order=True)
     mask[:, 7] = True                                                   # all are read to the same place
-    pi, seen = worlds.gpt(1, context=8), []
+    pi, seen = gpt(1), []
     pi.h[0].ln_1.register_forward_hook(lambda module, x, y: seen.append(len(y)))
     fast.response_logps(pi, ids, mask)
-    last = (mask * torch.arange(8)).amax(1).tolist()
-    assert seen == [len({tuple(row[:t + 1]) for row, end in zip(ids.tolist(), last) for t in range(end)})] < [sum(last)]
-    assert fast.new_places(ids.to("meta"), mask).sum() == sum(last)
+    assert seen == [len({tuple(row[:t]) for row in ids.tolist() for t in range(1, 8)})] < [12 * 7]
+    assert fast.new_places(ids.to("meta"), mask).sum() == 12 * 7
+
+
+def test_in_bfloat16_a_prompt_of_many_rows_has_the_gradient_of_their_sum():
+    """512 gradients meet in one token: a sum in bfloat16, one by one, would stop growing"""
+    torch.manual_seed(2)
+    ids, mask = torch.randint(worlds.V, (512, 8)), torch.zeros(512, 8, dtype=torch.bool)
+    ids[:, :5], mask[:, 5:], weight = ids[0, :5], True, torch.ones(512, 8)
+    exact = everything(gpt(1), ids, mask, weight.double())[1]
+    pi = gpt(1).float()
+    pi.bf16 = True
+    with fast.fast():
+        found = everything(pi, ids, mask, weight)[1]
+    assert sum((found[name] - exact[name]).square().sum() / exact[name].square().sum() for name in exact) < 0.05 ** 2 * len(exact)
 
 
 def test_in_bfloat16_the_gradient_is_as_near_to_float64_s_as_the_core_s_is():
     ids, mask, weight = ragged()
-    exact = everything(worlds.gpt(1, context=8), ids, mask, weight)[1]
-    pi = worlds.gpt(1, context=8).float()
+    exact = everything(gpt(1), ids, mask, weight)[1]
+    pi = gpt(1).float()
     pi.bf16 = True
 
     def error() -> float:
@@ -134,7 +147,7 @@ def test_in_bfloat16_the_gradient_is_as_near_to_float64_s_as_the_core_s_is():
 def test_of_bfloat16_logits_half_the_bytes_of_the_core_s_are_kept():
     """(n, V), the one large thing that a step of a small GPT keeps: once, and in the dtype of the products"""
     ids, mask, _ = ragged()
-    pi = worlds.gpt(1, context=8).float()
+    pi = gpt(1).float()
     pi.bf16 = True
 
     def kept() -> list[torch.dtype]:
@@ -150,7 +163,7 @@ def test_of_bfloat16_logits_half_the_bytes_of_the_core_s_are_kept():
 def test_training_is_the_core_s_step_by_step():
     """Records and final weights, of weighted pairs of up to four completions"""
     def trained() -> tuple:
-        pi, preferences = worlds.gpt(1, context=8), worlds.preferences(worlds.triplets(8, P=7), worlds.gpt(2, context=8))
+        pi, preferences = gpt(1), worlds.preferences(worlds.triplets(8, P=7), gpt(2))
         optimizer = torch.optim.SGD(pi.parameters(), lr=0.5, momentum=0.9)
         records = [*dpo.train(pi, preferences, partial(dpo.dpo, beta=0.7), optimizer, [*torch.arange(7).split(3)], 0.05)]
         return {name: torch.stack([r[name] for r in records]) for name in records[0]}, pi.state_dict()

@@ -149,9 +149,9 @@ END, V, CONTEXT = 2, 3, 4       # tokens 0 and 1, and the end token
 PROMPTS = [[0], [1, 0]]         # of different lengths: 15 and 7 responses
 
 
-def gpt(seed: int, context: int = CONTEXT, std: float = 0.4) -> GPT:
+def gpt(seed: int, context: int = CONTEXT, std: float = 0.4, n_layer: int = 1) -> GPT:
     """A GPT in float64 whose every parameter is random, so that none of its distributions is uniform."""
-    pi = GPT(GPTConfig(V, context, n_layer=1, n_head=2, n_embd=16)).double()
+    pi = GPT(GPTConfig(V, context, n_layer, n_head=2, n_embd=16)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in pi.parameters():
