@@ -1,9 +1,11 @@
 """Flags that are checked, errors of one line, and what is asked of the machine."""
 import argparse
 import ctypes
+import functools
 import math
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -144,12 +146,23 @@ def exit_code(prog: str, out: Path, work: Callable[[], str | None], see: str = "
     return 0
 
 
+HAND_BACK = 5.0         # seconds
+
+
+@functools.cache
 def keep_freed_memory():
-    """Ask glibc not to hand large freed blocks back to the system, so that each logits tensor need not be paged in
-    anew. Other systems are left as they are."""
+    """Ask glibc not to hand large freed blocks back to the system at once, so that each logits tensor need not be paged in anew,
+    but every few seconds: not all of them can be used again (seen with 2.36), and a run whose tensors differ in size would
+    grow by gigabytes. Other systems are left as they are."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter in (-1, -2, -3):                  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
             libc.mallopt(parameter, 1 << 30)
+
+        def hand_back():
+            while True:
+                time.sleep(HAND_BACK)
+                libc.malloc_trim(0)
+        threading.Thread(target=hand_back, daemon=True).start()
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -334,6 +335,30 @@ def test_the_loop_leaves_gradients_on_for_its_caller():
 
 
 # ---------------------------------------------------------------------------------------------- a GPU is never waited for
+
+HANDED_BACK = """
+import time, torch
+from kit import terminal
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+terminal.HAND_BACK = 0.5
+terminal.keep_freed_memory()
+before, blocks = resident(), [torch.ones(1 << 18) for _ in range(200)]
+last = torch.ones(1 << 18)              # above them, so that they are not the heap's end
+del blocks
+kept = resident() - before              # of 200 MiB
+deadline = time.monotonic() + 30
+while resident() - before > 50 << 20 and time.monotonic() < deadline:
+    time.sleep(0.1)
+print(kept >> 20, resident() - before >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this hint is for glibc")
+def test_freed_memory_is_kept_at_first_and_handed_back_in_time():
+    kept, later = map(int, subprocess.check_output([sys.executable, "-c", HANDED_BACK], cwd=ROOT, text=True).split())
+    assert kept > 150 and later <= 50
+
 
 def two_steps_on(device: str, may_wait: bool = True, **options) -> tuple[GPT, list[dict]]:
     """A GPT on the device after two steps of DPO on preferences that are on the CPU, and their records."""
