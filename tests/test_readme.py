@@ -54,6 +54,7 @@ def test_quoted_facts_of_pi_ref_are_those_of_the_results(world):
     seconds = ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in runs(world))
     said = " ".join(README.split())
     assert f"{nats} nats per byte" in said and f"{seconds} s" in said
+    assert world == "imdb-argmax" or f"{runs(world)[0]['peak_memory_bytes'] / 1e9:.1f} GB of memory" in said
 
 
 def test_every_file_that_the_readme_names_is_there():
