@@ -334,8 +334,6 @@ def test_the_loop_leaves_gradients_on_for_its_caller():
     assert torch.is_grad_enabled()
 
 
-# ---------------------------------------------------------------------------------------------- a GPU is never waited for
-
 HANDED_BACK = """
 import time, torch
 from kit import terminal
@@ -359,6 +357,8 @@ def test_freed_memory_is_kept_at_first_and_handed_back_in_time():
     kept, later = map(int, subprocess.check_output([sys.executable, "-c", HANDED_BACK], cwd=ROOT, text=True).split())
     assert kept > 150 and later <= 50
 
+
+# ---------------------------------------------------------------------------------------------- a GPU is never waited for
 
 def two_steps_on(device: str, may_wait: bool = True, **options) -> tuple[GPT, list[dict]]:
     """A GPT on the device after two steps of DPO on preferences that are on the CPU, and their records."""
