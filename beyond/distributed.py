@@ -37,6 +37,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+# Imported before there is a group: defaults of its functions would keep the group for good, and gloo's threads with it, which
+# may need the interpreter while it ends, and abort (seen with torch 2.13).
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint

@@ -314,13 +314,21 @@ def test_nothing_stays_replaced(alone):
 # ------------------------------------------------------------------------------- the command
 
 DRIVER = """
-import os, sys, time
+import os, sys, time, weakref
 import data, dpo, train
 from beyond import distributed
 from kit import checkpoints
 checkpoints.bf16_pays = train.bf16_pays = lambda device: False
+join, groups = distributed.join, []
+def joins():
+    store = join()
+    groups.append(weakref.ref(distributed.dist.group.WORLD))
+    return store
+distributed.join = joins
 {}
-sys.exit(distributed.main(sys.argv[1:]))
+code = distributed.main(sys.argv[1:])
+assert groups[0]() is None, "the group outlives the command, and gloo's threads with it, which may abort as Python ends"
+sys.exit(code)
 """
 
 
