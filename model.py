@@ -48,7 +48,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                # (B, nh, T, hs) each
         if cache is not None:                                                               # (2, B, nh, S, hs)
             cache[:, :, :, start:start + T] = torch.stack((k, v))
-            k, v = cache                                        # whole, since a slice would be copied for each product
+            k, v = cache[:, :, :, :start + T + ROOM]            # all of a CPU's, which would copy a part for each product
         y = attend(q, k, v, start, fused=x.is_cuda)                                         # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -116,7 +116,7 @@ class GPT(nn.Module):
                                          dtype=torch.bfloat16 if self.bf16 else None)
 
 
-ROOM = 16                       # more keys that a cache is given each time it is full, as all its room is attended to
+ROOM = 16                       # more keys that a CPU's cache is given each time it is full, as all its room is attended to
 ASK_EVERY = dict(cuda=8)        # tokens: to know how many rows have ended, a GPU must be waited for
 
 
@@ -142,7 +142,7 @@ def sample(pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0
     rows = torch.arange(len(prompts), device=device)            # the rows still being written
     ended = torch.zeros_like(rows, dtype=torch.bool)
     start, every = int(lengths.min()), ASK_EVERY.get(device.type, 1)
-    cache = pi.new_cache(len(prompts), start + ROOM)
+    cache = pi.new_cache(len(prompts), start + ROOM if device.type == "cpu" else context)      # a GPU's is static
     new = ids[:, :start]
     for t in range(start, context):
         if t > cache.size(-2):

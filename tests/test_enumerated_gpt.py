@@ -16,7 +16,7 @@ from hypothesis import given
 
 import dpo
 import model
-from model import sample
+from model import GPT, sample
 from worlds import (CONTEXT, END, LN_2, PROMPTS, Bigram, V, assert_at_most, assert_same, enumerated, gpt, kl, 
                     log_probability, next_token, preferences, responses, rows, seeds, standard_errors, uniform)
 
@@ -146,8 +146,11 @@ def test_later_tokens_are_invisible():
         assert moved.tolist() == [s >= t for s in range(CONTEXT)]
 
 
-def test_cached_logits_are_the_uncached_ones():
-    """Tokens in one call, or one at a time with a cache, or in two pieces  =>  the same logits"""
+@pytest.mark.parametrize("room", [model.ROOM, 1, 0])
+def test_cached_logits_are_the_uncached_ones(room, monkeypatch):
+    """Tokens in one call, or one at a time with a cache, or in two pieces, attending to all the room of the cache or to a part
+    of it  =>  the same logits"""
+    monkeypatch.setattr(model, "ROOM", room)
     pi, ids = gpt(0), torch.tensor([[0, 1, 1, 0], [1, END, 0, 0]])
     def pieces(sizes):
         cache, ends = pi.new_cache(2, CONTEXT), [sum(sizes[:i + 1]) for i in range(len(sizes))]
@@ -166,7 +169,8 @@ def test_training_and_evaluation_mode_are_one_function():
 # ---------------------------------------------------------------------------------------------- sampling
 
 def test_samples_do_not_depend_on_how_the_cache_grows(monkeypatch):
-    """Room for one key more each time the cache is full, or for all from the start  =>  the same samples"""
+    """Room for sixteen keys more each time the cache is full, or for one, or for all from the start, as on a GPU  =>  the same
+    samples"""
     pi, prompts = gpt(0), [[0], [1, 0], [0, 1]] * 20
 
     def drawn() -> list[list[int]]:
@@ -174,6 +178,10 @@ def test_samples_do_not_depend_on_how_the_cache_grows(monkeypatch):
     whole = drawn()
     monkeypatch.setattr(model, "ROOM", 1)
     assert drawn() == whole
+    new_cache = GPT.new_cache
+    monkeypatch.setattr(GPT, "new_cache", lambda pi, B, S: new_cache(pi, B, CONTEXT))
+    assert drawn() == whole
+
 
 def test_sampled_frequencies_are_the_enumerated_probabilities():
     """y ~ pi( . |x) at temperature 1, prompts of two lengths in one batch => the frequency of each y is pi(y|x)
