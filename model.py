@@ -48,7 +48,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                # (B, nh, T, hs) each
         if cache is not None:                                                               # (2, B, nh, S, hs)
             cache[:, :, :, start:start + T] = torch.stack((k, v))
-            k, v = cache[:, :, :, :start + T + ROOM]            # all of a CPU's, which would copy a part for each product
+            k, v = cache[:, :, :, :start + T + ROOM]            # of a CPU's all, as a part would be copied for each product
         y = attend(q, k, v, start, fused=x.is_cuda)                                         # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -116,7 +116,7 @@ class GPT(nn.Module):
                                          dtype=torch.bfloat16 if self.bf16 else None)
 
 
-ROOM = 16                       # more keys that a CPU's cache is given each time it is full, as all its room is attended to
+ROOM = 16                       # more keys that a CPU's cache is given each time it is full; all its room is attended to
 ASK_EVERY = dict(cuda=8)        # tokens: to know how many rows have ended, a GPU must be waited for
 
 
