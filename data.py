@@ -1,22 +1,25 @@
-"""Film reviews, their true reward r*, prompts from them, and the preferences it makes.
+"""Film reviews, their true reward r*, prompts, and preference pairs.
 
-Two worlds. *toy*: a seeded grammar writes the reviews, and r* is exact: the sum of the weights that the grammar gives to
-its words. *imdb*: the Large Movie Review Dataset (Maas et al. 2011), and r* is the logit of a sentiment classifier trained
-here; it labels and it judges, as in the paper (section 6.1, appendix C.1). Rewards are in nats throughout:
-r*(x, y_1) - r*(x, y_2) is the log-odds that y_1 is preferred (Eq. 1).
+    reviews -> openings -> prompts -> (completions of pi_ref, see train.py) -> preferences
 
-What this file does not do: touch a GPT. It knows text, ids and numbers.
+There are two datasets. *toy*: a seeded grammar writes the reviews, and r* is the sum of the weights
+of their words. *imdb*: the Large Movie Review Dataset (Maas et al. 2011), and r* is the logit of a
+sentiment classifier that is trained here. As in section 6.1 of the paper, r* both labels the
+preferences and evaluates the policies. Rewards are in nats: r*(x, y_1) - r*(x, y_2) is the log-odds
+that y_1 is preferred.
+
+What this file leaves out: models.
 """
+
 import gzip
-import json
-import math
 import random
 import re
 import tarfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -27,307 +30,371 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from kit.files import BadInput, Bounded, cache, download_imdb, pack, reading, write
-from kit.tokens import tokens_of
+from dpo import Preferences, bradley_terry
+
+Reward = Callable[[list[str]], Tensor]  # texts -> rewards (n,) in nats
 
 
-# ----------------------------------------------------------------------------- the toy world: a grammar of film reviews
+@dataclass(frozen=True)
+class Sizes:
+    """How much of a dataset is used."""
 
-WEIGHT = {  # sentiment of a word, in nats; every other word has none
-    "superb": 1.4, "brilliant": 1.2, "moving": .9, "charming": .8, "clever": .8, "good": .6, "honest": .5, "decent": .3,
-    "plain": -.3, "odd": -.3, "slow": -.6, "bland": -.6, "weak": -.8, "dull": -.9, "clumsy": -.9, "awful": -1.4,
-    "shines": .9, "works": .6, "delights": 1.1, "lingers": .5, "fails": -.9, "drags": -.8, "annoys": -1.1, "wanders": -.5,
-    "loved": 1.2, "enjoyed": .8, "liked": .6, "forgot": -.5, "disliked": -.8, "hated": -1.2,
-    "gladly": .6, "happily": .5, "sadly": -.5, "barely": -.5, "masterpiece": 1.4, "gem": .9, "mess": -1.1, "bore": -.9,
-}
-GRAMMAR = {  # a capital name is replaced by one of its alternatives; one that is listed twice is twice as likely
-    "REVIEW": ["CLAUSE.", "CLAUSE and CLAUSE.", "CLAUSE but CLAUSE.", "CLAUSE. CLAUSE.", "CLAUSE while CLAUSE."],
-    "CLAUSE": ["the PART is HOW QUALITY", "the PART was QUALITY", "the QUALITY PART ACTS", "this FILM ADVERB ACTS",
-               "i ADVERB FELT the PART", "we FELT its QUALITY PART", "my FRIEND FELT this FILM", "it is a QUALITY FILM",
-               "the PART by this AUTHOR ACTS", "that was HOW QUALITY", "for me it is a VERDICT", "this FILM is a VERDICT"],
-    "PART": "plot script story acting cast music score camera pace humour dialogue ending opening hero villain".split(),
-    "FILM": "film movie drama comedy thriller western sequel remake".split(),
-    "AUTHOR": "director writer actor composer studio".split(),
-    "FRIEND": "friend brother mother partner neighbour".split(),
-    "HOW": "very quite rather simply truly mostly".split(),
-    "ADVERB": "gladly happily sadly barely really often always still".split(),
-    "QUALITY": "superb brilliant moving charming clever good honest decent plain odd slow bland weak dull clumsy awful".split(),
-    "ACTS": "shines works delights lingers fails drags annoys wanders".split(),
-    "FELT": "loved enjoyed liked forgot disliked hated watched saw".split(),
-    "VERDICT": "masterpiece gem mess bore".split(),
-}
+    prompts: int  # to collect preferences on
+    eval_prompts: int
+    context: int  # tokens
+    reviews: int = 0  # for fine-tuning
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What an experiment starts from. Texts and prompts are lists of token ids."""
+
+    eval_prompts: list[list[int]]  # distinct, and not among `prompts`
+    unseen_texts: list[list[int]]  # to measure how well pi_ref predicts text
+    sft_texts: list[list[int]]  # for supervised fine-tuning
+    prompts: list[list[int]] = field(default_factory=list)  # to collect preferences on,
+    pairs: list[dict] = field(default_factory=list)  # or the preferences themselves
+    eval_pairs: list[dict] = field(default_factory=list)
+    reward: Reward | None = None  # r*, if it is known
+    eval_reward: Reward | None = None  # a second classifier, used for evaluation only
+    notes: dict = field(default_factory=dict)  # for results.json
+
+
+# -------------------------------------------------- the toy dataset
+
+WORDS = """
+superb 1.4  brilliant 1.2  moving .9  charming .8  clever .8  good .6  honest .5  decent .3
+plain -.3  odd -.3  slow -.6  bland -.6  weak -.8  dull -.9  clumsy -.9  awful -1.4  shines .9
+works .6
+delights 1.1  lingers .5  fails -.9  drags -.8  annoys -1.1  wanders -.5  loved 1.2  enjoyed .8
+liked .6  forgot -.5  disliked -.8  hated -1.2  gladly .6  happily .5  sadly -.5  barely -.5
+masterpiece 1.4  gem .9  mess -1.1  bore -.9
+""".split()
+WEIGHT = dict(zip(WORDS[::2], map(float, WORDS[1::2]), strict=True))  # nats; other words have none
+
+RULES = """
+REVIEW: CLAUSE. | CLAUSE and CLAUSE. | CLAUSE but CLAUSE. | CLAUSE. CLAUSE. | CLAUSE while CLAUSE.
+CLAUSE: the PART is HOW QUALITY | the PART was QUALITY | the QUALITY PART ACTS
+CLAUSE: this FILM ADVERB ACTS
+CLAUSE: i ADVERB FELT the PART | we FELT its QUALITY PART | my FRIEND FELT this FILM
+CLAUSE: it is a QUALITY FILM | the PART by this AUTHOR ACTS | that was HOW QUALITY
+CLAUSE: for me it is a VERDICT | this FILM is a VERDICT
+PART: plot | script | story | acting | cast | music | score | camera | pace | humour | dialogue
+PART: ending | opening | hero | villain
+FILM: film | movie | drama | comedy | thriller | western | sequel | remake
+AUTHOR: director | writer | actor | composer | studio
+FRIEND: friend | brother | mother | partner | neighbour
+HOW: very | quite | rather | simply | truly | mostly
+ADVERB: gladly | happily | sadly | barely | really | often | always | still
+QUALITY: superb | brilliant | moving | charming | clever | good | honest | decent | plain | odd
+QUALITY: slow | bland | weak | dull | clumsy | awful
+ACTS: shines | works | delights | lingers | fails | drags | annoys | wanders
+FELT: loved | enjoyed | liked | forgot | disliked | hated | watched | saw
+VERDICT: masterpiece | gem | mess | bore
+"""
+GRAMMAR = defaultdict(list)  # a name in capitals is replaced by one of its alternatives
+for name, alternatives in re.findall(r"(\w+): (.*)", RULES):
+    GRAMMAR[name] += alternatives.split(" | ")
 
 
 def toy_reviews(n: int, seed: int) -> list[str]:
-    """n reviews written by the grammar, the same for the same seed."""
+    """n reviews written by the grammar."""
     rng = random.Random(seed)
 
     def expand(text: str) -> str:
         return re.sub("[A-Z]+", lambda name: expand(rng.choice(GRAMMAR[name[0]])), text)
+
     return [expand("REVIEW") for _ in range(n)]
 
 
-def toy_reward(texts: list[str]) -> Tensor:
-    """r* of each text: the sum of its words' weights, (n,) nats."""
-    return torch.tensor([sum(WEIGHT.get(word, 0.0) for word in re.findall("[a-z]+", text)) for text in texts])
+def toy_tokens() -> list[bytes]:
+    """The 256 bytes, and each word of the grammar with and without a space before it."""
+    words = sorted(set(re.findall("[a-z]+", RULES)))
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [f"{space}{word}".encode() for word in words for space in ("", " ")]
+    return list(dict.fromkeys(tokens))  # "a" and "i" are bytes, too
 
 
-# ----------------------------------------------------------------------------- the real world: IMDb
+@dataclass(frozen=True)
+class WordReward:
+    """The sum of the weights of a text's words: r* of the toy dataset."""
+
+    weight: dict[str, float]
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        words = (re.findall("[a-z]+", text) for text in texts)
+        return torch.tensor([sum(self.weight.get(word, 0.0) for word in text) for text in words])
+
+
+def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
+    """Reviews of the grammar: some for pi_ref, others for prompts, and others for evaluation."""
+    n = sizes.reviews
+    n_prompts = 2 * sizes.prompts
+    texts = toy_reviews(n + n_prompts + 4 * sizes.eval_prompts + 500, seed)
+    parts = texts[:n], texts[n : n + n_prompts], texts[n + n_prompts :]
+    split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
+    return Dataset(**split, reward=WordReward(WEIGHT))
+
+
+# -------------------------------------------------- the IMDb dataset
 
 MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt$")
 
 
 def read_imdb(path: Path) -> dict[str, list[str]]:
-    """The reviews in an archive (read as a stream: nothing is ever unpacked to disk) or in an unpacked folder, by the
-    names "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg", in the order of their numbers.
+    """The reviews of an archive or an unpacked folder, in the order of their numbers.
 
-    Errors: BadInput if there is no such path, it is no archive or a damaged one, or labelled reviews are missing from it.
+    The keys are "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg". Nothing is
+    unpacked to disk. Raises OSError, ValueError, or an error of tarfile, gzip or zlib.
     """
-    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
-
-    def keep(name: str, text: bytes):
-        if m := MEMBER.search(name):
-            clean = text.decode("utf-8", errors="replace").replace("<br />", " ")
-            found[f"{m[1]}/{m[2]}"].append((int(m[3]), " ".join(clean.split())))
-
-    with reading(path, "the IMDb archive or its unpacked folder"):
-        if path.is_dir():
-            for file in tqdm(path.glob("**/*.txt"), desc="reading reviews", unit=""):
-                if MEMBER.search(file.as_posix()):
-                    keep(file.as_posix(), file.read_bytes())
-        else:
-            with open(path, "rb") as file:
-                stream = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
-                bounded = Bounded(stream, 1 << 30)
-                with tarfile.open(fileobj=bounded, mode="r|") as archive:
-                    for member in tqdm(archive, desc="reading reviews", unit=""):
-                        if not (member.isfile() or member.isdir()) or {"", ".."} & set(member.name.split("/")):
-                            raise OSError(f"{member.name!r} is a link, a device, or leads out of its folder")
-                        if member.isfile():
-                            keep(member.name, archive.extractfile(member).read())
-                while bounded.read(1 << 20):                # to gzip's own checksum, which stands at the end
-                    pass
-    if missing := [name for name in ("train/pos", "train/neg", "test/pos", "test/neg") if not found[name]]:
-        raise BadInput(f"{path}: no reviews under {', '.join(missing)}; expected aclImdb/train/pos/0_9.txt and so on")
-    return {name: [text for _, text in sorted(reviews)] for name, reviews in found.items()}
+    reviews: dict[str, list] = defaultdict(list)
+    for name, content in tqdm(imdb_files(path), "reading reviews", unit=" files"):
+        if member := MEMBER.search(name):
+            text = content.decode("utf-8", errors="replace").replace("<br />", " ")
+            reviews[f"{member[1]}/{member[2]}"].append((int(member[3]), " ".join(text.split())))
+    for name in ("train/pos", "train/neg", "test/pos", "test/neg"):
+        if not reviews[name]:
+            raise ValueError(f"no reviews under {name}; expected aclImdb/train/pos/0_9.txt, ...")
+    return {name: [text for _, text in sorted(numbered)] for name, numbered in reviews.items()}
 
 
-class Sentiment:
-    """A logistic regression on hashed words and pairs of neighbouring words; its logit is r*, in nats.
+def imdb_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The name and content of each file in an archive or a folder."""
+    if path.is_dir():
+        yield from ((file.as_posix(), file.read_bytes()) for file in path.glob("**/*.txt"))
+        return
+    total = 0
+    with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            total += member.size
+            if total > 1 << 30:
+                raise ValueError("it unpacks to far more data than the reviews of IMDb")
+            if member.isfile():
+                yield member.name, archive.extractfile(member).read()
+        while stream.read(1 << 20):  # to gzip's checksum, at the end
+            pass
 
-    logit(text) = b + sum of the weights of its n features / sqrt(n).  Trained on whole reviews and, mostly, on snippets of
-    8 to 64 words, since openings of reviews are what it will judge.
-    """
 
-    SIZE = 1 << 21
+Hashes = tuple[np.ndarray, np.ndarray]  # of a text's words, and of its pairs of words
+N_FEATURES = 1 << 21
 
-    def __init__(self, weight: Tensor, bias: float):
-        self.weight, self.bias = weight, bias
 
-    @staticmethod
-    @lru_cache(maxsize=None)
-    def _hash(word: str) -> int:
-        return zlib.crc32(word.encode())
+@cache
+def word_hash(word: str) -> int:
+    return zlib.crc32(word.encode())
 
-    @classmethod
-    def words(cls, text: str) -> np.ndarray:
-        """The hash of each word and mark of a text, (n,)."""
-        return np.array([cls._hash(w) for w in re.findall(r"[a-z']+|[!?]", text.lower())], dtype=np.int64)
 
-    @classmethod
-    def _features(cls, texts: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-        """Feature ids of all texts in a row, where each text starts, and each feature's share 1/sqrt(n)."""
-        each = [np.concatenate((w, w[:-1] * 31 + w[1:] * 17 + 7)) % cls.SIZE if len(w) else np.zeros(1, np.int64)
-                for w in texts]
-        n = np.array([len(f) for f in each])
-        return (torch.from_numpy(np.concatenate(each)), torch.from_numpy(np.cumsum(n) - n),
-                torch.from_numpy(np.repeat(1 / np.sqrt(n), n)).float())
+def hash_text(text: str) -> Hashes:
+    words = [word_hash(word) for word in re.findall(r"[a-z']+|[!?]", text.lower())]
+    hashes = np.array(words, dtype=np.int64)
+    return hashes % N_FEATURES, (hashes[:-1] * 31 + hashes[1:] * 17 + 7) % N_FEATURES
 
-    @classmethod
-    def train(cls, texts: list[str], positive: list[bool], seed: int = 0, epochs: int = 10) -> "Sentiment":
-        """Cross-entropy on texts and whether each is positive, by Adagrad."""
-        rng = np.random.default_rng(seed)
-        words = [cls.words(text) for text in texts]
-        target = torch.tensor(positive, dtype=torch.float32)
-        weight, bias = torch.zeros(cls.SIZE, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
-        torch.sparse.check_sparse_tensor_invariants.disable()       # as it is; said, or torch warns
-        optimizer = torch.optim.Adagrad([weight, bias], lr=0.3)
-        for _ in tqdm(range(epochs), desc="training the reward"):
-            for rows in np.array_split(rng.permutation(len(words)), max(1, len(words) // 256)):
-                batch = []
-                for i in rows:
-                    n = len(words[i]) if rng.random() < 0.25 else int(rng.integers(8, 65))
-                    start = int(rng.integers(0, max(1, len(words[i]) - n + 1)))
-                    batch.append(words[i][start:start + n])
-                ids, offsets, share = cls._features(batch)
-                logit = F.embedding_bag(ids, weight, offsets, mode="sum", per_sample_weights=share, sparse=True)
-                optimizer.zero_grad()
-                F.binary_cross_entropy_with_logits(logit.squeeze(1) + bias, target[rows]).backward()
-                optimizer.step()
-        return cls(weight.detach(), bias.item())
+
+def sentiment_logits(weight: Tensor, texts: list[Hashes]) -> Tensor:
+    """The sum of the weights of each text's n features, divided by sqrt(n). weight: (V, 1)."""
+    features = [np.concatenate(hashes) for hashes in texts]
+    n = np.array([len(f) for f in features])
+    starts, ids = (torch.from_numpy(a) for a in (np.cumsum(n) - n, np.concatenate(features)))
+    scale = torch.from_numpy(np.repeat(1 / np.sqrt(np.maximum(n, 1)), n)).float()
+    how = {"mode": "sum", "per_sample_weights": scale, "sparse": weight.requires_grad}
+    return F.embedding_bag(ids, weight, starts, **how).squeeze(1)
+
+
+@dataclass(frozen=True)
+class SentimentClassifier:
+    """Logistic regression on hashed words and pairs of neighbouring words. Its logit is r*."""
+
+    weight: Tensor  # (N_FEATURES, 1)
+    bias: float
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
-        """r* of each text, (n,) nats."""
-        ids, offsets, share = self._features([self.words(text) for text in texts])
-        return F.embedding_bag(ids, self.weight, offsets, mode="sum", per_sample_weights=share).squeeze(1) + self.bias
+        return sentiment_logits(self.weight, [hash_text(text) for text in texts]) + self.bias
+
+
+def train_classifier(positive: list[str], negative: list[str], epochs: int = 10):
+    """Minimise the cross-entropy with Adagrad, on whole reviews and on snippets.
+
+    Three quarters are snippets of 8 to 64 words, because it will judge openings of reviews.
+    """
+    rng = np.random.default_rng(0)
+    texts = [hash_text(text) for text in positive + negative]
+    target = (torch.arange(len(texts)) < len(positive)).float()
+    weight = torch.zeros(N_FEATURES, 1, requires_grad=True)
+    bias = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adagrad([weight, bias], lr=0.3)
+    for _ in tqdm(range(epochs), "training a sentiment classifier"):
+        for rows in np.array_split(rng.permutation(len(texts)), max(1, len(texts) // 256)):
+            batch = []
+            for words, pairs in (texts[i] for i in rows):
+                n = len(words) if rng.random() < 0.25 else int(rng.integers(8, 65))
+                start = int(rng.integers(0, max(1, len(words) - n + 1)))
+                batch.append((words[start : start + n], pairs[start : start + n - 1]))
+            logits = sentiment_logits(weight, batch) + bias
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(logits, target[rows]).backward()
+            optimizer.step()
+    return SentimentClassifier(weight.detach(), bias.item())
+
+
+def imdb_rewards(reviews: dict[str, list[str]]) -> tuple:
+    """r*, trained on the training reviews; a second classifier, trained on the test reviews, for
+    evaluation only; and the accuracy of r* on the test reviews."""
+    positive, negative = reviews["test/pos"], reviews["test/neg"]
+    reward = train_classifier(reviews["train/pos"], reviews["train/neg"])
+    right = torch.cat((reward(positive) > 0, reward(negative) < 0))
+    return reward, train_classifier(positive, negative), right.float().mean().item()
+
+
+def load_imdb(reviews: dict, rewards: tuple, sizes: Sizes, seed: int, tokens) -> Dataset:
+    """Training reviews for pi_ref, and test reviews for prompts. A tenth of the latter is held out.
+
+    reviews and rewards: the results of `read_imdb` and `imdb_rewards`.
+    """
+    rng = random.Random(seed)
+    sft_texts = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
+    texts = reviews["test/pos"] + reviews["test/neg"]
+    rng.shuffle(sft_texts)
+    rng.shuffle(texts)
+    n = len(texts) // 10
+    parts = sft_texts[: sizes.reviews], texts[n:], texts[:n]
+    split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
+    reward, eval_reward, accuracy = rewards
+    notes = {"classifier_accuracy": accuracy}
+    return Dataset(**split, reward=reward, eval_reward=eval_reward, notes=notes)
+
+
+# -------------------------------------------------- tokens, openings and prompts
+
+# How texts are split before BPE. As in GPT-2, a word keeps the space before it.
+PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+
+
+def load_tokenizer(tokens: list[bytes] | None) -> tiktoken.Encoding:
+    """Byte-level BPE with these tokens, in the order they were learned, and an end token, the last.
+
+    None stands for GPT-2's tokens, which tiktoken downloads once.
+    """
+    if tokens is None:
+        return tiktoken.get_encoding("gpt2")
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) < len(tokens) or not {bytes([b]) for b in range(256)} <= ranks.keys():
+        raise ValueError("the tokens are not distinct, or do not contain all 256 bytes")
+    end = {"<|endoftext|>": len(tokens)}
+    return tiktoken.Encoding("reviews", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=end)
+
+
+def split_reviews(tokenizer, sft_texts, prompt_texts, eval_texts, sizes: Sizes, seed: int) -> dict:
+    """The fields of a `Dataset`, from lists of reviews.
+
+    Evaluation prompts are distinct, and no preferences use them. Raises ValueError if too few
+    reviews fit in the context.
+    """
+    rng, seen = random.Random(seed), set(sft_texts)
+    sft = openings(sft_texts, tokenizer, sizes.context)
+    asked = openings([t for t in prompt_texts if t not in seen], tokenizer, sizes.context)
+    held_out = openings([t for t in eval_texts if t not in seen], tokenizer, sizes.context)
+    eval_prompts = dict.fromkeys(map(tuple, cut_prompts(held_out, tokenizer, rng)))
+    eval_prompts = [list(x) for x in eval_prompts][: sizes.eval_prompts]
+    taken = set(map(tuple, eval_prompts))
+    prompts = [x for x in cut_prompts(asked, tokenizer, rng) if tuple(x) not in taken]
+    found = f"{len(prompts):,} prompts and {len(eval_prompts)} evaluation prompts"
+    if not prompts or len(eval_prompts) < sizes.eval_prompts or len(sft) < bool(sft_texts):
+        raise ValueError(f"too few reviews fit in --context {sizes.context}: {found}")
+    if len(prompts) < sizes.prompts:
+        print(f"there are only {found}")
+    return {
+        "sft_texts": sft,
+        "prompts": prompts[: sizes.prompts],
+        "eval_prompts": eval_prompts,
+        "unseen_texts": held_out[:1000],
+    }
+
+
+def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
+    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
 
 
 def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> list[list[int]]:
-    """The ids of each review's first sentences, as many as fit in the context with the end token that closes them.
-    Reviews of which no 5 tokens or more can be kept so are left out."""
-    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+    """The first sentences of each review: as many as fit in the context, then the end token.
+
+    A sentence ends with . ! or ? before a space or the review's end. Reviews whose first sentence
+    does not fit, or has fewer than 5 tokens, are left out.
+    """
+    tokens, end = token_bytes(tokenizer), tokenizer.eot_token
     closes = [re.search(rb"[.!?][\"')]*$", token) is not None for token in tokens]
     found = []
-    for ids in tokenizer.encode_ordinary_batch([review[:8 * context] for review in reviews]):
-        ids.append(tokenizer.eot_token)                 # in the place of what follows the last sentence
+    for ids in tokenizer.encode_ordinary_batch([review[: 8 * context] for review in reviews]):
+        ids.append(end)
         for n in range(min(len(ids), context) - 1, 4, -1):
-            if closes[ids[n - 1]] and (tokens[ids[n]].startswith(b" ") or ids[n] == tokenizer.eot_token):
-                found.append(ids[:n] + [tokenizer.eot_token])
+            next_starts_word = ids[n] == end or tokens[ids[n]].startswith(b" ")
+            if closes[ids[n - 1]] and next_starts_word:
+                found.append([*ids[:n], end])
                 break
     return found
 
 
-# ----------------------------------------------------------------------------- prompts and preference triplets
-
-def prompts_of(texts: list[list[int]], tokenizer: tiktoken.Encoding, rng: random.Random) -> list[list[int]]:
-    """A prompt for each opening: its first 2 to 8 tokens, ending where a word does (the next token starts with a space).
-    Openings that offer no such place are left out."""
-    spaced = [tokenizer.decode_single_token_bytes(i).startswith(b" ") for i in range(tokenizer.n_vocab)]
-    places = [[n for n in range(2, min(9, len(ids))) if spaced[ids[n]]] for ids in texts]
-    return [ids[:rng.choice(place)] for ids, place in zip(texts, places) if place]
+def cut_prompts(texts: list[list[int]], tokenizer, rng: random.Random) -> list[list[int]]:
+    """The first 2 to 8 tokens of each text, cut where a word ends. Other texts are left out."""
+    starts_word = [token.startswith(b" ") for token in token_bytes(tokenizer)]
+    places = [[n for n in range(2, min(9, len(ids))) if starts_word[ids[n]]] for ids in texts]
+    return [ids[: rng.choice(some)] for ids, some in zip(texts, places, strict=True) if some]
 
 
-def preferences(prompts: list[list[int]], completions: list[list[list[int]]], rewards: Tensor, tokenizer: tiktoken.Encoding,
-                labels: str, rng: random.Random) -> tuple[list[dict], dict[str, int]]:
-    """All pairs of each prompt's completions, labelled by the true reward, as triplets (x, y_w, y_l) for `write_triplets`.
+# -------------------------------------------------- preferences
 
-    rewards (P, K) nats.  labels: "bt" draws y_w from Bradley-Terry (Eq. 1); "soft" gives both orders, each with its
-    probability as weight, which is the expectation of "bt"; "argmax" prefers the higher reward, as the paper does.
-    A pair of identical completions says nothing and is dropped, and so is a tie under "argmax"; all are counted.
+Completions = tuple[Tensor, Tensor, Tensor]  # ids, mask, logps (P K, T), as `model.sample` returns
+
+
+def label_pairs(
+    completions: Completions, rewards: Tensor, labels: str, which: str, seed: int
+) -> tuple[Preferences, dict[str, int]]:
+    """Preferences between the K completions of each prompt, labelled by their rewards (P, K).
+
+    labels: "bt" draws y_w from Bradley-Terry (Eq. 1). "soft" contains both orders, weighted by
+        their probability. "argmax" prefers the higher reward, as the paper does; ties are dropped.
+    which: "all" pairs, or "best-worst", one pair for each prompt, labelled by argmax.
+
+    Pairs of identical completions are dropped. Returns the preferences, and the numbers of pairs
+    formed, of ties, and of identical completions.
     """
-    triplets, counts = [], dict(pairs=0, ties=0, identical=0)
-    for number, (x, ys, r) in enumerate(zip(prompts, completions, rewards.tolist())):
-        for i, j in combinations(range(len(ys)), 2):
-            if ys[i] == ys[j]:
-                counts["identical"] += 1
-                continue
-            tie = r[i] == r[j]
-            counts["ties"] += tie
-            p = (1 + math.tanh((r[i] - r[j]) / 2)) / 2          # Eq. 1, where exp could overflow
-            if labels == "soft":
-                orders = [(i, j, p), (j, i, 1 - p)]
-            elif labels == "bt":
-                orders = [(i, j, 1.0) if rng.random() < p else (j, i, 1.0)]
-            else:
-                orders = [] if tie else [(i, j, 1.0) if r[i] > r[j] else (j, i, 1.0)]
-            counts["pairs"] += len(orders) > 0
-            triplets += [triplet(x, ys[w], ys[l], tokenizer, weight, number) | dict(reward_chosen=r[w], reward_rejected=r[l])
-                         for w, l, weight in orders]
-    return triplets, counts
+    ids, mask, logps = completions
+    pairs = form_pairs(rewards, which)
+    first, second = pairs.T
+    r = rewards.flatten()
+    p = bradley_terry(r[first], r[second])
+    different = (ids[first] != ids[second]).any(1)
+    tie = different & (r[first] == r[second])
+    weight, keep = torch.ones(len(pairs)), different
+    if which == "best-worst" or labels == "argmax":
+        pairs = torch.where((r[first] < r[second])[:, None], pairs.flip(1), pairs)
+        keep = different & ~tie
+    elif labels == "soft":
+        pairs, weight = torch.cat((pairs, pairs.flip(1))), torch.cat((p, 1 - p))
+        keep = different.repeat(2)
+    else:
+        u = torch.rand(len(p), generator=torch.Generator().manual_seed(seed))
+        pairs = torch.where((u >= p)[:, None], pairs.flip(1), pairs)
+
+    rows, pairs = pairs[keep].unique(return_inverse=True)  # only rows that belong to a pair
+    _, prompt = (rows // rewards.size(1)).unique(return_inverse=True)
+    preferences = Preferences(ids[rows], mask[rows], logps[rows], prompt, pairs, weight[keep])
+    counts = {"pairs": keep[: len(different)], "ties": tie, "identical": ~different}
+    return preferences, {name: int(which.sum()) for name, which in counts.items()}
 
 
-def triplet(x: list[int], y_w: list[int], y_l: list[int], tokenizer: tiktoken.Encoding, weight: float, number: int) -> dict:
-    """A preference as it is kept: the texts, which others read; the ids, which are what is scored (a text need not encode
-    back to the ids that were sampled); the weight of this order of the pair; and the prompt's number."""
-    return dict(prompt=tokenizer.decode(x), chosen=text_of(y_w, tokenizer), rejected=text_of(y_l, tokenizer),
-                prompt_ids=x, chosen_ids=y_w, rejected_ids=y_l, weight=weight, number=number)
+def form_pairs(rewards: Tensor, which: str) -> Tensor:
+    """The rows of both completions of each pair, (n, 2), from rewards (P, K)."""
+    P, K = rewards.shape
+    if which == "best-worst":
+        columns = torch.stack((rewards.argmax(1), rewards.argmin(1)), 1)[:, None]  # (P, 1, 2)
+    else:
+        columns = torch.tensor(list(combinations(range(K), 2))).expand(P, -1, 2)
+    return (columns + K * torch.arange(P)[:, None, None]).flatten(0, 1)
 
 
-def text_of(ids: list[int], tokenizer: tiktoken.Encoding) -> str:
-    """The text of ids, without the end token."""
-    return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
-
-
-def write_triplets(triplets: list[dict], path: Path):
-    """One JSON object a line, with the texts as `prompt`, `chosen`, `rejected`."""
-    write(path, "".join(json.dumps(triplet) + "\n" for triplet in triplets).encode())
-
-
-def group(triplets: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Triplets as tensors, each prompt's distinct completions once: ids (P, K, T), mask (P, K, T) over the responses'
-    tokens, pairs (n, 3) of prompt, y_w, y_l, and weight (n,). Prompts come in the order of their first triplet."""
-    prompts: dict[int, tuple[list[int], dict[tuple, int]]] = {}
-    pairs = []
-    for t in triplets:
-        _, ys = prompts.setdefault(t["number"], (t["prompt_ids"], {}))
-        w, l = (ys.setdefault(tuple(t[name]), len(ys)) for name in ("chosen_ids", "rejected_ids"))
-        pairs.append((t["number"], w, l))
-    place = {number: p for p, number in enumerate(prompts)}
-    K = max(len(ys) for _, ys in prompts.values())
-    T = max(len(x) + len(y) for x, ys in prompts.values() for y in ys)
-    rows = [[(x, y) for y in ys] + [((), ())] * (K - len(ys)) for x, ys in prompts.values()]        # K of each prompt
-    ids = torch.tensor([[[*x, *y] + [0] * (T - len(x) - len(y)) for x, y in row] for row in rows])
-    start, end = torch.tensor([[(len(x), len(x) + len(y)) for x, y in row] for row in rows])[..., None].unbind(2)
-    mask = (start <= torch.arange(T)) & (torch.arange(T) < end)
-    return (ids, mask, torch.tensor([(place[number], w, l) for number, w, l in pairs]),
-            torch.tensor([t["weight"] for t in triplets]))
-
-
-def show(triplet: dict, tokenizer: tiktoken.Encoding) -> str:
-    """A triplet token by token; those that count towards log pi(y|x), the mask, in brackets, the others parted by bars."""
-    def line(name: str) -> str:
-        x = "|".join(tokenizer.decode([i]) for i in triplet["prompt_ids"])
-        y = "".join(f"[{tokenizer.decode([i])}]" for i in triplet[name + "_ids"])
-        r = f"{triplet['reward_' + name]:+6.2f} nats   " if "reward_" + name in triplet else ""
-        return f"{name:>8} {r}{x} {y}"
-    return f"{line('chosen')}\n{line('rejected')}\nparted by |: the prompt's tokens; in []: the response's, which alone count"
-
-
-# ----------------------------------------------------------------------------- worlds: what an experiment starts from
-
-Choose = Callable[[list[str]], tiktoken.Encoding]       # a tokenizer for these texts
-
-def toy_world(settings, choose: Choose) -> dict:
-    """Reviews of the grammar: for pi_ref, for the prompts, and held out."""
-    sizes = settings.reviews, 2 * settings.prompts, 4 * settings.held_out + 500
-    reviews = toy_reviews(sum(sizes), settings.seed)
-    tokenizer = choose(reviews[:min(20_000, settings.reviews)])
-    ends = np.cumsum(sizes)
-    return split(tokenizer, reviews[:ends[0]], reviews[ends[0]:ends[1]], reviews[ends[1]:], settings)
-
-
-def imdb_world(settings, choose: Choose) -> dict:
-    """IMDb's training reviews for pi_ref and the true reward, its test reviews for prompts and for the second judge."""
-    reviews = read_imdb(Path(settings.imdb) if settings.imdb else download_imdb(cache()))
-    rng = random.Random(settings.seed)
-    judges, accuracy = {}, {}
-    for name, trained_on in dict(reward="train", judge="test").items():
-        texts = reviews[f"{trained_on}/pos"] + reviews[f"{trained_on}/neg"]
-        positive = [True] * len(reviews[f"{trained_on}/pos"]) + [False] * len(reviews[f"{trained_on}/neg"])
-        judges[name] = Sentiment.train(texts, positive, settings.seed)
-    texts = reviews["test/pos"] + reviews["test/neg"]
-    positive = torch.arange(len(texts)) < len(reviews["test/pos"])
-    words = [text.split() for text in texts]
-    starts = [rng.randrange(max(1, len(w) - 19)) for w in words]
-    for name, snippets in dict(whole=texts, words_20=[" ".join(w[s:s + 20]) for w, s in zip(words, starts)]).items():
-        accuracy[name] = ((judges["reward"](snippets) > 0) == positive).float().mean().item()
-    print("the true reward's accuracy on test reviews: {whole:.3f} whole, {words_20:.3f} on 20 words".format(**accuracy))
-    fine_tune = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
-    rng.shuffle(fine_tune)
-    rng.shuffle(texts)
-    tokenizer = choose(fine_tune[:8_000])
-    n = len(texts) // 10
-    world = split(tokenizer, fine_tune[:settings.reviews], texts[n:], texts[:n], settings)
-    return world | dict(accuracy=accuracy, judges={name: (j.weight, j.bias) for name, j in judges.items()})
-
-
-def split(tokenizer, fine_tune: list[str], asked: list[str], held_out: list[str], settings) -> dict:
-    """A world: the tokenizer's tokens, the openings that pi_ref learns from, and prompts from reviews that are not among
-    them. The held-out prompts are distinct, and no preferences are collected on them."""
-    rng, seen = random.Random(settings.seed), set(fine_tune)
-    tuned, asked, kept = (openings(reviews, tokenizer, settings.context) for reviews in (
-        fine_tune, [r for r in asked if r not in seen], [r for r in held_out if r not in seen]))
-    held = list(dict.fromkeys(map(tuple, prompts_of(kept, tokenizer, rng))))[:settings.held_out]
-    taken = set(held)
-    prompts = [x for x in prompts_of(asked, tokenizer, rng) if tuple(x) not in taken][:settings.prompts]
-    if not tuned or not prompts or len(held) < settings.held_out:
-        raise BadInput(f"too few reviews that fit in --context {settings.context}: {len(tuned)} openings to fine-tune on, "
-                       f"{len(prompts)} prompts, {len(held)} of {settings.held_out} held-out ones; "
-                       "lower --held-out, or give more reviews")
-    if len(prompts) < settings.prompts:
-        print(f"only {len(prompts):,} of {settings.prompts:,} prompts: there are no more reviews")
-    return dict(tokens=tokens_of(tokenizer), fine_tune=pack(tuned), prompts=pack(prompts), held_out=pack(held),
-                unseen=pack(kept))
-
-
+def decode_rows(ids: Tensor, mask: Tensor, tokenizer: tiktoken.Encoding) -> list[str]:
+    """Prompt and response of each row as one text, without the end token. ids, mask: (R, T)."""
+    ends = (mask * torch.arange(1, mask.size(1) + 1)).amax(1).tolist()
+    rows = [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
+    return tokenizer.decode_batch([[i for i in row if i != tokenizer.eot_token] for row in rows])

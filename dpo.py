@@ -1,23 +1,31 @@
-"""Direct Preference Optimization: the paper's mathematics and its training loop.
+"""Direct Preference Optimization: the mathematics of the paper, and its training loop.
 
-Rafailov, Sharma, Mitchell, Ermon, Manning, Finn (2023), arXiv 2305.18290 v3, whose equation numbers are used throughout:
+Rafailov, Sharma, Mitchell, Ermon, Manning, Finn (2023), arXiv 2305.18290. Equation numbers are
+those of version 3.
 
-    L_DPO = -E log sigma( beta log pi_theta(y_w|x) / pi_ref(y_w|x)  -  beta log pi_theta(y_l|x) / pi_ref(y_l|x) )         (7)
+    L_DPO       = -E log sigma( r_hat(x, y_w) - r_hat(x, y_l) )                 (Eq. 7)
+    r_hat(x, y) = beta log( pi_theta(y|x) / pi_ref(y|x) )
 
-    symbol      in the paper      here
-    x           prompt            ids before the mask
-    y_w, y_l    the preferred and the dispreferred response: ids under the mask, chosen by an index into K completions
-    pi_theta    the policy being trained            pi_ref   the frozen reference it starts from
-    beta        the price of a nat of KL            sigma    the logistic function
-    r, r_hat    true and implicit reward, in nats   Z        the partition function (Eq. 4)
+    symbol      in the paper                           here
+    x           prompt                                 ids before the mask
+    y_w, y_l    preferred and dispreferred response    two rows of ids, under the mask
+    pi_theta    the policy being trained               nn.Module: ids (B, T) -> logits (B, T, V)
+    pi_ref      the frozen reference policy            nn.Module of the same kind
+    beta        the weight of the KL penalty           a float
+    r, r_hat    true reward and implicit reward        tensors, in nats
+    Z           partition function of Eq. 4            log_Z
 
-An nn.Module pi_theta or pi_ref is the policy itself; a tensor of that name holds its log-probabilities.
+Four conventions, because public implementations disagree on them:
 
-Choices, where code in public has gone both ways: a response's log-probability is the *sum* over its tokens, the end token
-among them where the model emitted it, and never the prompt's; log-softmax and sums are in float32 (or float64)
-whatever the model computes in; pi_ref is scored once, before training; the loss comes back per pair, and the loop averages it.
-Log-probabilities, rewards and KL divergences are in nats, per response.
+- log pi(y|x) is the *sum* of the log-probabilities of the response's tokens, including its end
+  token.
+- Log-softmax and sums use at least float32, whatever precision the model computes in.
+- The reference log-probabilities are computed once, before training.
+- A loss returns one value per pair. The training loop averages them.
+
+All log-probabilities, rewards and KL divergences are in nats per response unless stated otherwise.
 """
+
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,158 +34,219 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# ------------------------------------------------- preferences
 
-# ------------------------------------------------------------------------------------------------------ preferences
 
 def bradley_terry(r_1: Tensor, r_2: Tensor) -> Tensor:
-    """p*(y_1 > y_2 | x) = exp r_1 / (exp r_1 + exp r_2).  Eq. 1; any shapes that broadcast."""
+    """p*(y_1 > y_2 | x) = exp(r_1) / (exp(r_1) + exp(r_2)).  Eq. 1.
+
+    r_1, r_2: rewards in nats, of any shapes that broadcast.
+    """
     return torch.sigmoid(r_1 - r_2)
 
 
 def plackett_luce(r: Tensor) -> Tensor:
-    """log p*(ranking) = sum_k [ r_k - log sum_{j >= k} exp r_j ],  rewards (..., K) given best first -> (...).  Eq. 18;
-    at K = 2 it is log Bradley-Terry, and minus its value at r_hat is DPO's loss over rankings, Eq. 20."""
-    return (r - r.flip(-1).logcumsumexp(-1).flip(-1)).sum(-1)
+    """log p*(ranking | x) = sum_k [ r_k - log sum_{j >= k} exp(r_j) ].  Eq. 18.
 
-
-def implicit_reward(pi_theta: Tensor, pi_ref: Tensor, beta: float) -> Tensor:
-    """r_hat(x, y) = beta log pi_theta(y|x) / pi_ref(y|x), from log-probabilities.  Eq. 5 without its beta log Z(x),
-    which every response to x shares and every preference cancels (Eq. 6)."""
-    return beta * (pi_theta - pi_ref)
-
-
-def dpo_loss(pi_theta_w: Tensor, pi_theta_l: Tensor, pi_ref_w: Tensor, pi_ref_l: Tensor,
-             beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-log s(r_hat_w - r_hat_l) for each pair, and both implicit rewards.  Eq. 7.
-
-    Each argument is log pi(y|x), summed over the response, (B,) nats; each result is (B,). ln 2 where pi_theta = pi_ref.
+    r: rewards (..., K) in nats, best response first. Returns shape (...). With K = 2 this is the
+    log of Bradley-Terry. The negative of its value at the implicit rewards is the ranking loss, Eq.
+    20.
     """
-    r_hat_w = implicit_reward(pi_theta_w, pi_ref_w, beta)
-    r_hat_l = implicit_reward(pi_theta_l, pi_ref_l, beta)
-    return -F.logsigmoid(r_hat_w - r_hat_l), r_hat_w, r_hat_l       # log(sigmoid(.)) would be -inf below -90
+    log_sum_of_rest = r.flip(-1).logcumsumexp(-1).flip(-1)
+    return (r - log_sum_of_rest).sum(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ the optimum
+def implicit_reward(logp: Tensor, ref_logp: Tensor, beta: float) -> Tensor:
+    """r_hat(x, y) = beta log( pi_theta(y|x) / pi_ref(y|x) ), in nats.
 
-def optimal_policy(pi_ref: Tensor, r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x), and log Z(x) = log sum_y pi_ref(y|x) exp(r(x, y) / beta).
-    Eq. 4, on a finite set of responses: pi_ref (..., N) log-probabilities, r (..., N) nats -> (..., N) and (...)."""
-    tilted = pi_ref + r / beta
+    This is Eq. 5 without the term beta log Z(x). All responses to x share that term, so it cancels
+    from every preference (Eq. 6).
+    """
+    return beta * (logp - ref_logp)
+
+
+def dpo_loss(
+    logp_w: Tensor, logp_l: Tensor, ref_logp_w: Tensor, ref_logp_l: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-log sigma( r_hat_w - r_hat_l ).  Eq. 7.
+
+    Arguments: log pi(y|x) of both responses under pi_theta and pi_ref, in nats, shape (B,) each.
+    Returns the losses and both implicit rewards, (B,) each. The loss is ln 2 where pi_theta =
+    pi_ref.
+    """
+    r_hat_w = implicit_reward(logp_w, ref_logp_w, beta)
+    r_hat_l = implicit_reward(logp_l, ref_logp_l, beta)
+    losses = -F.logsigmoid(r_hat_w - r_hat_l)  # log(sigmoid(z)) would underflow for z < -90
+    return losses, r_hat_w, r_hat_l
+
+
+# ------------------------------------------------- the optimum
+
+
+def optimal_policy(ref_logp: Tensor, r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+    """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x).  Eq. 4, for N responses.
+
+    ref_logp: (..., N) log-probabilities. r: (..., N) rewards in nats.
+    Returns log pi_r (..., N) and log Z (...).
+    """
+    tilted = ref_logp + r / beta
     log_Z = tilted.logsumexp(-1)
     return tilted - log_Z[..., None], log_Z
 
 
 def frontier(r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where Eq. 4 lies if N samples of pi_ref stand for it: rewards r (..., N) -> E r, KL(pi_r, pi_ref) and effective
-    sample size 1 / sum pi_r^2, (...) each. The KL cannot pass log N and the reward is biased low, which flatters whoever
-    is compared with it: trust it only while the effective sample size is large."""
+    """Estimate reward and KL of the optimum (Eq. 4) from N samples of pi_ref.
+
+    r: (..., N) rewards of the samples in nats. Returns E r, KL(pi_r, pi_ref) and the effective
+    sample size 1 / sum_i w_i^2, each of shape (...). The estimate is only reliable while the
+    effective sample size is large: its KL cannot exceed log N, and its reward is biased low.
+    """
     uniform = torch.full_like(r, -math.log(r.size(-1)))
-    pi_r, _ = optimal_policy(uniform, r, beta)
-    p = pi_r.exp()
-    return (p * r).sum(-1), (p * (pi_r - uniform)).sum(-1), 1 / p.square().sum(-1)
+    log_w, _ = optimal_policy(uniform, r, beta)
+    w = log_w.exp()
+    return (w * r).sum(-1), (w * (log_w - uniform)).sum(-1), 1 / w.square().sum(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ a model's side
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """bfloat16 logits would round log-probabilities to steps of a quarter of a nat at -50."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+# -------------------------------- a language model as a policy
 
 
-def send(v: Tensor, device: torch.device) -> Tensor:
-    """v.to(device), without waiting for what a GPU is still at."""
-    return v.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not v.is_cuda else v.to(device)
-
-
-def places(mask: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """Where the mask is true, as an index on the device. Of a mask on the CPU no GPU need be asked how many there are."""
-    return tuple(send(i, device) for i in mask.nonzero(as_tuple=True))
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-softmax over the vocabulary, in at least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """log pi(y_t | x, y_<t) at the tokens under the mask and 0 elsewhere: ids, mask (B, T) -> (B, T) nats.
-    Its sum over T is log pi(y|x). The mask may be on the CPU where ids are on a GPU."""
-    where = places(mask[:, 1:], ids.device)
-    logits = at_least_float32(pi(ids[:, :-1], where=where))             # (n, V); those at t predict the token at t + 1
-    logps = -F.cross_entropy(logits, ids[:, 1:][where], reduction="none")
-    return F.pad(logps.new_zeros(ids[:, 1:].shape).index_put(where, logps), (1, 0))
+    """log pi(y_t | x, y_<t) for each response token, and 0 elsewhere.
+
+    ids: (B, T) token ids, padded on the right. mask: (B, T), True on the tokens of the response.
+    Returns (B, T), in nats. The sum over T is log pi(y|x).
+    """
+    logps = log_softmax(pi(ids[:, :-1]))  # (B, T-1, V): the logits at t predict the token at t + 1
+    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
+    logps = logps.masked_fill(~mask[:, 1:], 0.0)
+    return F.pad(logps, (1, 0))
 
 
 @torch.no_grad()
-def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Two estimates of KL(pi_theta, pi_ref) in nats per response, from responses drawn from pi_theta at temperature 1:
-    log pi_theta(y|x) / pi_ref(y|x), and the sum along y of the whole next-token distributions' KL. Both have the sequence
-    KL as their mean; the second is usually steadier, and never negative. ids, mask (B, T) -> (B,) and (B,)."""
-    row, place = places(mask[:, 1:], ids.device)
-    logits = (at_least_float32(pi(ids[:, :-1], where=(row, place))) for pi in (pi_theta, pi_ref))
-    theta, ref = (each.log_softmax(-1) for each in logits)                                              # (n, V)
-    log_ratio = (theta - ref).gather(-1, ids[row, place + 1, None]).squeeze(-1)
-    full = (theta.exp() * (theta - ref)).sum(-1)
-    return tuple(kl.new_zeros(len(ids)).index_add(0, row, kl) for kl in (log_ratio, full))
+def sequence_kl(
+    pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two unbiased estimates of KL(pi_theta, pi_ref), from responses sampled from pi_theta.
+
+    The first is the log-ratio log pi_theta(y|x) / pi_ref(y|x). The second sums the KL divergence of
+    the next-token distributions along y. It is never negative and usually has less variance.
+    Sampling must be at temperature 1. ids, mask: (B, T), as in `response_logps`. Returns two
+    tensors (B,), in nats per response.
+    """
+    logp = log_softmax(pi_theta(ids[:, :-1]))  # (B, T-1, V)
+    ref_logp = log_softmax(pi_ref(ids[:, :-1]))
+    log_ratio = (logp - ref_logp).gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
+    token_kl = (logp.exp() * (logp - ref_logp)).sum(-1)  # (B, T-1)
+    outside = ~mask[:, 1:]
+    return log_ratio.masked_fill(outside, 0).sum(-1), token_kl.masked_fill(outside, 0).sum(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------- training
+
 
 @dataclass(frozen=True)
 class Preferences:
-    """P prompts with up to K completions each, and n preferences among them. Completions are scored once, and all pairs
-    of one prompt are formed from those scores: four rows serve six pairs. All of them stay on the CPU, where shapes are
-    known at once; `train` sends each batch to the model's device."""
-    ids: Tensor         # (P, K, T) x and then y, padded on the right
-    mask: Tensor        # (P, K, T) true on the tokens of y
-    pi_ref: Tensor      # (P, K, T) log pi_ref(y_t | x, y_<t), 0 outside the mask
-    pairs: Tensor       # (n, 3)    which prompt, which completion is y_w, which is y_l
-    weight: Tensor      # (n,)      1, or the probability of this order of the pair
+    """Completions, and n preferences between them.
 
-    def __getitem__(self, prompts: Tensor) -> "Preferences":
-        """The preferences of these prompts alone, numbered anew, cut after their longest prompt and completion."""
-        number = torch.full((len(self.ids),), -1, device=prompts.device)
-        number[prompts] = torch.arange(len(prompts), device=prompts.device)
-        keep = number[self.pairs[:, 0]] >= 0
-        pairs = torch.cat((number[self.pairs[keep, :1]], self.pairs[keep, 1:]), dim=1)
-        T = int(self.mask[prompts].any(dim=(0, 1)).nonzero().max()) + 1
-        ids, mask, pi_ref = (v[prompts, :, :T] for v in (self.ids, self.mask, self.pi_ref))
-        return Preferences(ids, mask, pi_ref, pairs, self.weight[keep])
+    Each completion is one row and is computed once, however many pairs it belongs to: four
+    completions of a prompt serve its six pairs. Rows of one prompt are consecutive, and prompts are
+    numbered from 0.
+    """
+
+    ids: Tensor  # (R, T) prompt and response, padded on the right
+    mask: Tensor  # (R, T) True on the tokens of the response
+    ref_logps: Tensor  # (R, T) log pi_ref(y_t | x, y_<t), 0 outside the mask
+    prompt: Tensor  # (R,) the number of the row's prompt, ascending
+    pairs: Tensor  # (n, 2) the rows of y_w and y_l
+    weight: Tensor  # (n,) 1, or the probability of this order of the pair
+
+    def select(self, prompts: Tensor) -> "Preferences":
+        """The preferences of these prompts, with T cut to the longest row."""
+        rows = torch.isin(self.prompt, prompts)
+        kept = rows[self.pairs[:, 0]]
+        new_row = rows.cumsum(0) - 1
+        T = int(self.mask[rows].any(0).nonzero().max()) + 1
+        return Preferences(
+            self.ids[rows, :T],
+            self.mask[rows, :T],
+            self.ref_logps[rows, :T],
+            self.prompt[rows],
+            new_row[self.pairs[kept]],
+            self.weight[kept],
+        )
 
     def to(self, device: torch.device) -> "Preferences":
-        return Preferences(*(send(v, device) for v in vars(self).values()))
+        return Preferences(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-Loss = Callable[[Tensor, Preferences], tuple[Tensor, Tensor, Tensor]]   # (pi_theta (P, K, T), batch) -> as dpo_loss
+# A loss takes log pi_theta (R, T) and the batch. It returns losses, r_hat_w and r_hat_l, (n,) each.
+Loss = Callable[[Tensor, Preferences], tuple[Tensor, Tensor, Tensor]]
 
 
-def dpo(pi_theta: Tensor, batch: Preferences, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 7 for each pair of a batch: token log-probabilities pi_theta (P, K, T) -> as dpo_loss, (n,) each."""
-    theta, ref = pi_theta.sum(-1), batch.pi_ref.sum(-1)                 # (P, K) log pi(y|x)
-    x, w, l = batch.pairs.T
-    return dpo_loss(theta[x, w], theta[x, l], ref[x, w], ref[x, l], beta)
+def pair_logps(logps: Tensor, batch: Preferences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp_w, logp_l, ref_logp_w, ref_logp_l of each pair, (n,) each, from token logps (R, T)."""
+    w, l = batch.pairs.T
+    logp, ref_logp = logps.sum(-1), batch.ref_logps.sum(-1)  # (R,) log pi(y|x)
+    return logp[w], logp[l], ref_logp[w], ref_logp[l]
 
 
-def train(pi_theta: nn.Module, preferences: Preferences, loss: Loss, optimizer: torch.optim.Optimizer,
-          batches: Iterable[Tensor], max_grad_norm: float = math.inf) -> Iterator[dict[str, Tensor]]:
-    """Take one optimizer step for each batch of prompts, and yield what was seen there, as scalars on the model's device:
-    loss; r_hat_w, r_hat_l and their difference, the margin; accuracy, the share of pairs with r_hat_w > r_hat_l, a tie
-    counting one half; log pi_theta(y_w|x) and log pi_theta(y_l|x), which may both fall; the gradient's norm. All but the
-    last are means over the batch's pairs, by weight, before the step. `loss` says what is minimised, for instance
-    `partial(dpo, beta=0.1)`; the reference enters through preferences.pi_ref alone, so it cannot move."""
+def dpo(logps: Tensor, batch: Preferences, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 7 for each pair of a batch, as a `Loss`."""
+    return dpo_loss(*pair_logps(logps, batch), beta)
+
+
+def mean_weights(weight: Tensor) -> Tensor:
+    """The share of each pair in the batch's mean, (n,)."""
+    return weight / weight.sum()
+
+
+def train(
+    pi_theta: nn.Module,
+    preferences: Preferences,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Tensor],
+    max_grad_norm: float = math.inf,
+    logps_fn: Callable[[nn.Module, Tensor, Tensor], Tensor] = response_logps,
+    normalize: Callable[[Tensor], Tensor] = mean_weights,
+) -> Iterator[dict[str, Tensor]]:
+    """Take one optimizer step per batch of prompts, and yield its metrics as scalar tensors.
+
+    loss: for instance `partial(dpo, beta=0.1)`. pi_ref enters only through preferences.ref_logps.
+    batches: tensors of prompt numbers. logps_fn: computes log-probabilities as `response_logps`
+    does. normalize: turns the weights of a batch's pairs into those of its mean.
+
+    Metrics: loss; the implicit rewards r_hat_w and r_hat_l; their difference, the margin; accuracy,
+    the share of pairs with r_hat_w > r_hat_l, where a tie counts 1/2; logp_w and logp_l, which may
+    both fall; grad_norm. All but grad_norm are weighted means over the pairs, before the step.
+    """
     device = next(pi_theta.parameters()).device
     for prompts in batches:
-        batch = preferences[prompts]
-        real = batch.mask.any(-1)                                       # (P, K); a prompt may have fewer than K completions
-        mask, real = batch.mask[real], places(real, device)
-        batch = batch.to(device)
-        logps = response_logps(pi_theta, batch.ids[real], mask)
-        pi = logps.new_zeros(batch.ids.shape).index_put(real, logps)
-        losses, r_hat_w, r_hat_l = loss(pi, batch)
-        share = batch.weight / batch.weight.sum()
+        batch = preferences.select(prompts).to(device)
+        logps = logps_fn(pi_theta, batch.ids, batch.mask)
+        losses, r_hat_w, r_hat_l = loss(logps, batch)
+        share = normalize(batch.weight)
+
         optimizer.zero_grad()
         (share * losses).sum().backward()
         grad_norm = nn.utils.clip_grad_norm_(pi_theta.parameters(), max_grad_norm)
         optimizer.step()
-        with torch.no_grad():
-            x, w, l = batch.pairs.T
-            margin = r_hat_w - r_hat_l
-            seen = dict(loss=losses, r_hat_w=r_hat_w, r_hat_l=r_hat_l, margin=margin, accuracy=(margin.sign() + 1) / 2,
-                        pi_theta_w=pi.sum(-1)[x, w], pi_theta_l=pi.sum(-1)[x, l])
-            record = {name: (share * value).sum() for name, value in seen.items()} | {"grad_norm": grad_norm}
-        yield record
+
+        margin = (r_hat_w - r_hat_l).detach()
+        logp_w, logp_l, _, _ = pair_logps(logps.detach(), batch)
+        metrics = {
+            "loss": losses.detach(),
+            "r_hat_w": r_hat_w.detach(),
+            "r_hat_l": r_hat_l.detach(),
+            "margin": margin,
+            "accuracy": (margin.sign() + 1) / 2,
+            "logp_w": logp_w,
+            "logp_l": logp_l,
+        }
+        means = {name: (share * value).sum() for name, value in metrics.items()}
+        yield means | {"grad_norm": grad_norm}

@@ -1,0 +1,1 @@
+"""Support code that the paper does not discuss."""
