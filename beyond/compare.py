@@ -1,301 +1,404 @@
-"""Every method of beyond/ beside DPO, from one pi_ref and one set of prompts: reward against KL, the optimum behind.
+"""Each method of beyond/ next to DPO, from one pi_ref and the same prompts: gain against KL.
 
-    python -m beyond.compare [--data imdb] [--methods dpo ipo ...] [--seed N] [--out DIR]
-    python -m beyond.compare --summary DIR DIR ...      the table over runs, mean and standard deviation, as markdown
+    python -m beyond.compare [train.py's flags] [--methods dpo ipo ...]
+    python -m beyond.compare --summary DIR DIR ...     # the table over finished runs
 
-World, pi_ref, preferences and evaluation are train.py's, and so is the optimiser: one pass over the prompts, fewer of them
-than in train.py. Each method has two strengths, a weaker and a stronger. What differs is the loss and its rate; for the last
-three methods also the pairs, which are made of fresh completions, judged by the true reward.
+Data, pi_ref, evaluation and optimizer are train.py's, with 3,000 prompts and one epoch. Each method
+has two strengths. Methods differ in the loss, its learning rate, and for some in the pairs.
 
-How the rates were chosen: on seed 100, which is not among those that are reported, with 2,000 prompts. Each loss was given a
-rate at which its first steps are about as long as DPO's, lower where it diverged; of half, once and twice that (`--times`), the
-one with the least loss on held-out pairs (`held_out_loss` in results.json) was kept. This needs no true reward.
+Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
+as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
+stably with them; the methods after dpop were not tried. `held_out_loss` in results.json and
+`--times` serve to choose others without the true reward.
 """
-import argparse
+
 import dataclasses
-import inspect
-import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-import data
 import dpo
 import train
-from beyond import pairs
-from beyond.losses import LOSSES, with_mismatched
-from dpo import Preferences
-from kit import files, report, terminal
-from model import GPT
-from train import Experiment, Settings
+from beyond import common, losses, pairs
+from beyond.pairs import Ids, Reward, Sample, Score
+from data import Dataset, label_pairs
+from lib.cli import flag
+from lib.inference import compute_logps
+from lib.checkpoint import load_gpt
+from lib.io import BadInput
+from lib.report import ORANGE
+from lib.stage import Stage
 
-SMALLER = dict(prompts=3_000, batch=32, answers=48)         # than train.py's toy world: all methods in ten minutes
-REFERENCE_FREE = "orpo", "simpo"
-Ids = list[int]
+# ------------------------------------------------- where pairs come from
 
 
-# ----------------------------------------------------------------------------- what a loss wants of the given completions
+@dataclass(frozen=True)
+class Round:
+    """What a source of pairs may use. The prompts are those of `given`."""
 
-def as_given(e: Experiment, preferences: Preferences) -> Preferences:
+    given: dpo.Preferences
+    prompts: list[Ids]
+    sample: Sample  # from the current pi_theta
+    score: Score  # log pi_ref
+    reward: Reward  # r*
+    K: int  # completions per prompt
+    beta: float
+    seed: int
+
+
+def as_given(round: Round) -> dpo.Preferences:
+    return round.given
+
+
+def mismatched(round: Round) -> dpo.Preferences:
+    """One response of another prompt for each prompt, for KTO's reference point."""
+    return losses.with_mismatched(round.given, round.score, random.Random(round.seed))
+
+
+def with_samples(round: Round) -> dpo.Preferences:
+    """One sample of pi_theta for each prompt, for KTO's reference point."""
+    return losses.with_samples(round.given, round.sample, round.score)
+
+
+def ranked(round: Round) -> dpo.Preferences:
+    """The given completions, with the pairs of one ranking for each prompt."""
+    given = round.given
+    generator = torch.Generator().manual_seed(round.seed)
+    r = round.reward(given.ids, given.mask)
+    order, weight = pairs.rankings(r, given.prompt, generator)
+    return dataclasses.replace(given, pairs=order, weight=weight)
+
+
+def online(round: Round) -> dpo.Preferences:
+    """All pairs of fresh samples of pi_theta, with Bradley-Terry labels."""
+    args = round.K, round.sample, round.reward, round.score, round.seed
+    return pairs.online(round.prompts, *args)
+
+
+def iterative(round: Round) -> dpo.Preferences:
+    """The best and the worst of eight samples of pi_theta."""
+    args = 8, round.sample, round.reward, round.score, round.seed, "best-worst"
+    return pairs.online(round.prompts, *args)
+
+
+def rso(round: Round) -> dpo.Preferences:
+    """All pairs of three samples of pi_ref, accepted of sixteen by RSO's Algorithm 1."""
+    made = pairs.generate(round.prompts, 16, round.sample, round.reward)
+    accepted, r = pairs.rso(*made, round.beta, 3, random.Random(round.seed))
+    preferences, _ = label_pairs(accepted, r, "bt", "all", round.seed)
     return preferences
 
 
-def mismatched(e: Experiment, preferences: Preferences) -> Preferences:
-    return with_mismatched(preferences, partial(train.score, e.pi_ref), torch.Generator().manual_seed(e.settings.seed))
+# ------------------------------------------------- the methods
 
-
-def ranked(e: Experiment, preferences: Preferences) -> Preferences:
-    order, weight = pairs.rankings(rewards(e, preferences), torch.Generator().manual_seed(e.settings.seed))
-    device = preferences.ids.device
-    return dataclasses.replace(preferences, pairs=order.to(device), weight=weight.to(device))
-
-
-def rewards(e: Experiment, preferences: Preferences) -> Tensor:
-    """r* of the completions, (P, K) nats; -inf where there is none."""
-    mask = preferences.mask.cpu()
-    ends = (mask * torch.arange(1, mask.size(-1) + 1)).amax(-1)
-    rows = zip(preferences.ids.flatten(0, 1).tolist(), ends.flatten().tolist())
-    r = e.rewards_of["reward"]([data.text_of(ids[:end], e.tokenizer) for ids, end in rows])
-    return r.view(ends.shape).masked_fill(ends == 0, -torch.inf)
-
-
-def prompts_in(preferences: Preferences) -> list[Ids]:
-    starts = preferences.mask[:, 0].int().argmax(-1).tolist()
-    return [ids[:start] for ids, start in zip(preferences.ids[:, 0].tolist(), starts)]
-
-
-# ----------------------------------------------------------------------------- fresh completions: one round's triplets
-
-Draw = Callable[[list[Ids]], list[Ids]]
-
-
-def online(e: Experiment, prompts: list[Ids], draw: Draw, beta: float, rng: random.Random) -> list[dict]:
-    return pairs.online(prompts, e.settings.completions, draw, e.rewards_of["reward"], e.tokenizer, "bt", rng)
-
-
-def iterative(e: Experiment, prompts: list[Ids], draw: Draw, beta: float, rng: random.Random) -> list[dict]:
-    eight = pairs.completed(prompts, 8, draw, e.rewards_of["reward"], e.tokenizer)
-    return data.preferences(prompts, *pairs.best_and_worst(*eight), e.tokenizer, "argmax", rng)[0]
-
-
-def rso(e: Experiment, prompts: list[Ids], draw: Draw, beta: float, rng: random.Random) -> list[dict]:
-    ys, r = pairs.completed(prompts, 16, draw, e.rewards_of["reward"], e.tokenizer)
-    generator = torch.Generator().manual_seed(rng.getrandbits(32))
-    three = pairs.accepted(prompts, ys, r, beta, r.amax(1, keepdim=True), 3, generator)
-    return data.preferences(*three, e.tokenizer, "bt", rng)[0]
-
-
-def in_rounds(e: Experiment, triplets: Callable, rounds: list[list[Ids]], loss: dpo.Loss, rate: float, beta: float,
-              name: str) -> Iterator[GPT]:
-    """pi_theta after each round, trained on pairs that the pi_theta before it completed the round's prompts to."""
-    pi_theta, rng = e.pi_ref, random.Random(e.settings.seed)
-    for k, prompts in enumerate(rounds, 1):
-        draw = partial(train.draw, pi_theta, settings=e.settings, tokenizer=e.tokenizer, purpose=f"sampling {name}, round {k}")
-        ids, mask, which, weight = data.group(triplets(e, prompts, draw, beta, rng))
-        fresh = ids, mask, train.score(e.pi_ref, ids, mask), which, weight
-        fresh = Preferences(*(t.to(e.preferences.ids.device) for t in fresh))
-        pi_theta, _ = train.optimise(pi_theta, fresh, loss, rate, e.settings, f"{name}, round {k}")
-        yield pi_theta
-
-
-# ----------------------------------------------------------------------------- the methods
 
 @dataclass(frozen=True)
 class Method:
-    hyper: dict[str, tuple[float, ...] | float]     # the loss's own; a tuple has a value for each strength
-    rates: tuple[float, ...]                        # the peak learning rate at each strength, in units of Settings.rate
-    why: str                                        # these hyperparameters
-    kind: Callable = as_given                       # of preferences that the loss wants
-    fresh: Callable | None = None                   # the triplets of a round, if they are not the given ones
-    rounds: int = 1                                 # each on its share of the prompts
-    loss: str | None = None                         # in LOSSES; the method's name, if not given
+    loss: Callable
+    hyper: dict[str, tuple[float, float] | float]  # a tuple has one value per strength
+    lrs: tuple[float, float]  # per strength, in units of --lr
+    why: str  # these hyperparameters
+    source: Callable[[Round], dpo.Preferences] = as_given
+    rounds: int = 1  # each on its share of the prompts
 
     def strengths(self) -> list[dict[str, float]]:
-        return [{name: v[i] if isinstance(v, tuple) else v for name, v in self.hyper.items()} for i in range(len(self.rates))]
+        return [
+            {name: v[i] if isinstance(v, tuple) else v for name, v in self.hyper.items()}
+            for i in range(len(self.lrs))
+        ]
 
 
-BETA = 1.0, 0.5
+BETA = (1.0, 0.5)
+NO_REFERENCE = ("orpo", "simpo")
+FRESH = (online, iterative, rso)
 METHODS = {
-    "dpo": Method(dict(beta=BETA), (0.5, 2.4), "the yardstick, two of train.py's beta"),
-    "cdpo": Method(dict(beta=BETA, epsilon=0.1), (0.5, 2.4), "as if a tenth of the labels were flipped, though none is"),
-    "robust": Method(dict(beta=BETA, epsilon=0.1), (0.4, 0.95), "the same"),
-    "ipo": Method(dict(tau=(0.25, 0.125)), (0.062, 0.037), "beta / 4: where gaps of reward are small, its optimum is the tilt"),
-    "hinge": Method(dict(beta=BETA), (0.5, 1.2), "DPO's scale of the margin"),
-    "kto": Method(dict(beta=BETA), (4, 19), "as many are desirable as undesirable, so either weighs 1", mismatched),
-    "sppo_hard": Method(dict(beta=(0.5, 0.25)), (0.06, 0.04), "beta / 2: where gaps are small, its A - B is the tilt's"),
-    "sppo": Method(dict(beta=(0.25, 0.125)), (0.1, 0.03), "beta / 4, by the same reckoning"),
-    "orpo": Method(dict(lam=(0.5, 2.0)), (2.5, 1.2), "either side of 1, where its two terms weigh the same"),
-    "simpo": Method(dict(beta=(7.0, 3.5), gamma=0.5), (0.6, 1), "7 beta, as responses have about 7 tokens"),
-    "dpop": Method(dict(beta=BETA, lam=1.0), (0.2, 0.4), "a nat that y_w falls costs another nat of margin"),
-    "r_dpo": Method(dict(beta=BETA, alpha=0.05), (0.5, 2.4), "a twentieth of a nat a token, though labels do not like length"),
-    "ld_dpo": Method(dict(beta=BETA, alpha=0.5), (0.5, 2.4), "what is longer counts half"),
-    "plackett_luce": Method(dict(beta=BETA), (0.1, 0.2), "DPO's", ranked),
-    "online": Method(dict(beta=BETA), (0.5, 1.2), "DPO's; four completions a prompt, as given", fresh=online, rounds=4, loss="dpo"),
-    "iterative": Method(dict(beta=(4.0, 2.0)), (0.05, 0.1), "four times DPO's, as the pairs are sure and far apart: best and "
-                        "worst of eight", fresh=iterative, rounds=3, loss="dpo"),
-    "rso": Method(dict(beta=BETA), (0.25, 2.4), "DPO's, to accept and to train; three accepted of sixteen", fresh=rso, loss="dpo"),
+    "dpo": Method(dpo.dpo, {"beta": BETA}, (1, 2.4), "the baseline, at two of train.py's beta"),
+    "cdpo": Method(
+        losses.cdpo,
+        {"beta": BETA, "epsilon": 0.1},
+        (1, 2.4),
+        "assumes a tenth of the labels is flipped; none is",
+    ),
+    "robust": Method(losses.robust, {"beta": BETA, "epsilon": 0.1}, (0.8, 1.9), "as cdpo"),
+    "ipo": Method(
+        losses.ipo,
+        {"beta": (0.25, 0.125)},
+        (0.12, 0.074),
+        "beta / 4: its optimum is the tilt where reward gaps are small",
+    ),
+    "hinge": Method(losses.hinge, {"beta": BETA}, (1, 2.4), "DPO's margin"),
+    "kto": Method(
+        losses.kto,
+        {"beta": BETA},
+        (4, 9.5),
+        "equal weights: as many desirable as undesirable responses",
+        mismatched,
+    ),
+    "kto_samples": Method(
+        losses.kto,
+        {"beta": BETA},
+        (4, 9.5),
+        "as kto, with y' from pi_theta, drawn again in each of 8 rounds",
+        with_samples,
+        8,
+    ),
+    "sppo_hard": Method(
+        losses.sppo_hard,
+        {"beta": (0.5, 0.25)},
+        (0.12, 0.08),
+        "beta / 2: A - B is the tilt's where reward gaps are small",
+    ),
+    "sppo": Method(
+        losses.sppo, {"beta": (0.25, 0.125)}, (0.1, 0.06), "beta / 4, for the same reason"
+    ),
+    "orpo": Method(
+        losses.orpo,
+        {"beta": (0.5, 2.0)},
+        (2.5, 1.2),
+        "the weight of the odds-ratio term, on either side of 1",
+    ),
+    "simpo": Method(
+        losses.simpo,
+        {"beta": (7.0, 3.5), "gamma": 0.5},
+        (0.6, 1),
+        "7 beta, as responses have about 7 tokens",
+    ),
+    "dpop": Method(
+        losses.dpop,
+        {"beta": BETA, "lam": 1.0},
+        (0.4, 0.8),
+        "each nat that y_w loses costs one nat of margin",
+    ),
+    "r_dpo": Method(
+        losses.r_dpo,
+        {"beta": BETA, "alpha": 0.05},
+        (1, 2.4),
+        "0.05 nats per token, although labels do not depend on length",
+    ),
+    "ld_dpo": Method(
+        losses.ld_dpo,
+        {"beta": BETA, "alpha": 0.5},
+        (1, 2.4),
+        "tokens beyond the shorter response count half",
+    ),
+    "plackett_luce": Method(losses.plackett_luce, {"beta": BETA}, (0.2, 0.4), "DPO's", ranked),
+    "online": Method(
+        dpo.dpo, {"beta": BETA}, (1, 2.4), "DPO's; four completions per prompt", online, 4
+    ),
+    "iterative": Method(
+        dpo.dpo,
+        {"beta": (4.0, 2.0)},
+        (0.1, 0.2),
+        "4 x DPO's: best and worst of 8 are far apart, and labels certain",
+        iterative,
+        3,
+    ),
+    "rso": Method(dpo.dpo, {"beta": BETA}, (1, 2.4), "DPO's, for acceptance and for training", rso),
 }
 
 
-def point(e: Experiment, name: str, hyper: dict[str, float], rate: float) -> dict:
-    """A method trained at one strength, and evaluated: a row of results.json."""
-    m = METHODS[name]
-    loss = partial(LOSSES[m.loss or name], **hyper)
-    if m.fresh:
-        rounds = [prompts_in(e.preferences)[k::m.rounds] for k in range(m.rounds)]
-        *_, pi_theta = in_rounds(e, m.fresh, rounds, loss, rate, hyper["beta"], name)
-    else:
-        pi_theta, _ = train.optimise(e.pi_ref, m.kind(e, e.preferences), loss, rate, e.settings, name)
-    seen = train.evaluate(e, pi_theta, 1.0, name)["point"]      # at beta 1 r_hat is the change of log pi itself
-    held = m.kind(e, e.held_pairs)
-    losses = loss(train.score(pi_theta, held.ids, held.mask), held)[0]
-    kept = "reward reward_se kl kl_se win_rate fraction_of_optimal fraction_of_optimal_se length pair_accuracy".split()
-    return dict(method=name, hyper=hyper, rate=rate) | {key: seen[key] for key in kept} | dict(
-        log_pi_w=seen["r_hat_w"], log_pi_l=seen["r_hat_l"],
-        held_out_loss=((held.weight * losses).sum() / held.weight.sum()).item())
+@dataclass(frozen=True)
+class Config(train.Config):
+    """train.py's settings, with fewer prompts, so that all methods fit in a few minutes."""
+
+    loss: str = flag("dpo")  # no flag, as the next two
+    loss_args: tuple = flag(())
+    beta: tuple = flag(())
+    prompts: int = flag(3_000, "prompts to collect preferences on", 8, 10**7, imdb=13_000)
+    batch_size: int = flag(32, "prompts per DPO step", 1, 10**7, imdb=16)
+    eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1, 10**4)
+    methods: tuple = flag(tuple(METHODS), "methods to run", choices=tuple(METHODS))
+    times: float = flag(1.0, "multiply the learning rate of every method", 1e-6, 1e6)
 
 
-# ----------------------------------------------------------------------------- what is written for people
+# ------------------------------------------------- training
 
-COLUMNS = dict(reward="reward", kl="KL", win_rate="wins", fraction_of_optimal="fraction", length="tokens",
-               log_pi_w="log pi(y_w)", log_pi_l="log pi(y_l)")
+
+def train_method(
+    method: Method,
+    hyper: dict[str, float],
+    lr: float,
+    reference: dict,
+    preferences: dpo.Preferences,
+    dataset: Dataset,
+    cfg: tuple[str, int, int, int],
+    seed: int,
+    device: torch.device,
+) -> dict:
+    """Train one method at one strength. Returns its checkpoint, with the mean z_0 of KTO.
+
+    cfg: optimizer, epochs, batch size, completions per prompt.
+    """
+    optimizer, epochs, batch_size, K = cfg
+    policy, z_0 = reference, []
+    loss = partial(method.loss, **hyper)
+    if method.loss is losses.kto:
+        loss = partial(recorded, loss=loss, z_0=z_0)
+    P = int(preferences.prompt.max()) + 1
+    how = optimizer, lr, epochs, batch_size, dataset.eval_prompts, seed, device
+    for k in range(method.rounds):
+        given = common.subset(preferences, torch.arange(k, P, method.rounds))
+        round_seed = 1000 * seed + k
+        round = make_round(given, policy, reference, dataset, K, hyper["beta"], round_seed, device)
+        policy = train.train_dpo(policy, method.source(round), loss, *how)
+    return policy | {"z_0": float(np.mean(z_0)) if z_0 else None}
+
+
+def make_round(given, policy, reference, dataset, K, beta, seed, device) -> Round:
+    sample = common.sampler(policy, seed, "sampling completions", device)
+    score, reward = common.scorer(reference, device), common.true_reward(dataset, reference)
+    return Round(given, common.prompts_of(given), sample, score, reward, K, beta, seed)
+
+
+def recorded(logps: Tensor, batch: dpo.Preferences, loss: dpo.Loss, z_0: list[float]):
+    """A loss that appends KTO's reference point to `z_0`."""
+    z_0.append(losses.reference_point(logps, batch).item())
+    return loss(logps, batch)
+
+
+def held_out_loss(
+    policy: dict,
+    method: Method,
+    hyper: dict[str, float],
+    reference: dict,
+    held_out: dpo.Preferences,
+    dataset: Dataset,
+    device: torch.device,
+) -> float:
+    """The mean loss on held-out pairs, by which learning rates were chosen."""
+    if method.source not in FRESH:
+        args = policy, reference, dataset, 0, hyper["beta"], 0, device
+        held_out = method.source(make_round(held_out, *args))
+    logps = compute_logps(load_gpt(policy, device), held_out.ids, held_out.mask)
+    values = method.loss(logps, held_out, **hyper)[0]
+    return (dpo.mean_weights(held_out.weight) * values).sum().item()
+
+
+def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict] | None:
+    """Each method at each strength. Returns results.json and the figures."""
+    e = common.prepare(cfg, stage, device)
+    points = []
+    how = cfg.optimizer, cfg.epochs, cfg.batch_size, cfg.completions
+    for name in cfg.methods:
+        method = METHODS[name]
+        for i, (hyper, lr) in enumerate(zip(method.strengths(), method.lrs, strict=True)):
+            args = e.reference, e.preferences, e.dataset, how, cfg.seed, device
+            lr = lr * cfg.times * cfg.lr
+            policy = stage(f"{name}-{i}", train_method, method, hyper, lr, *args)
+            held = e.reference, e.eval_set.pairs, e.dataset, device
+            loss = stage(f"held-out-{name}-{i}", held_out_loss, policy, method, hyper, *held)
+            point = common.evaluated(stage, f"{name}-{i}", e, policy)
+            points.append((name, hyper, lr, policy, loss, point))
+    if stage.plan:
+        return None
+    rows = [
+        {"method": name, "hyper": hyper, "lr": lr, "held_out_loss": loss, "z_0": policy["z_0"]}
+        | common.kept(point)
+        for name, hyper, lr, policy, loss, point in points
+    ]
+    results = common.about(e) | {"points": rows}
+    return results, {"figure.png": draw(results)}
+
+
+# ------------------------------------------------- the table and the figure
+
+COLUMNS = {
+    "gain": "gain",
+    "kl": "KL",
+    "p_positive": "P(positive)",
+    "length": "length",
+    "win_rate": "win rate",
+    "fraction_of_optimal": "fraction",
+    "r_hat_w": "log pi(y_w)",
+    "r_hat_l": "log pi(y_l)",
+    "z_0": "z_0",
+}
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: a row for pi_ref and for each method at each strength, with mean and, over several runs, standard deviation.
-    Errors: BadInput if the runs are not of the same methods."""
-    if any([(p["method"], p["hyper"]) for p in run["points"]] != [(p["method"], p["hyper"]) for p in runs[0]["points"]]
-           for run in runs):
-        raise files.BadInput("these runs are not of the same methods at the same strengths")
-    references = [dict(method="pi_ref", hyper={}, kl=0.0, win_rate=0.5, fraction_of_optimal=None, log_pi_w=0.0, log_pi_l=0.0)
-                  | {name: run["reference"][name] for name in ("reward", "length")} for run in runs]
-    lines = ["| " + " | ".join(("method", "at", *COLUMNS.values())) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
-    for points in (references, *zip(*(run["points"] for run in runs))):
-        name = points[0]["method"] + "\\*" * (points[0]["method"] in REFERENCE_FREE)
+    """Markdown: one row for each method and strength, mean and standard deviation over seeds.
+
+    Raises BadInput if the runs are not of the same methods.
+    """
+    named = [[(p["method"], p["hyper"]) for p in run["points"]] for run in runs]
+    if any(each != named[0] for each in named):
+        raise BadInput("these runs are not of the same methods at the same strengths")
+    head = ["method", "at", *COLUMNS.values()]
+    rows = [
+        ["pi_ref", "", *reference_cells(runs)],
+        ["optimum", "beta 1", *optimum_cells(runs, 1.0)],
+    ]
+    rows.append(["optimum", "beta 0.5", *optimum_cells(runs, 0.5)])
+    for points in zip(*(run["points"] for run in runs), strict=True):
+        name = points[0]["method"] + r"\*" * (points[0]["method"] in NO_REFERENCE)
         at = ", ".join(f"{key} {value:g}" for key, value in points[0]["hyper"].items())
-        lines.append("| " + " | ".join((name, at, *(cell([p[key] for p in points]) for key in COLUMNS))) + " |")
-    return "\n".join(lines)
+        rows.append([name, at, *(common.cell([p[key] for p in points]) for key in COLUMNS)])
+    return common.markdown(head, rows)
 
 
-def cell(values: list[float | None]) -> str:
-    """Mean and standard deviation; none where one of the values is unknown."""
-    if None in values:
-        return "-"
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(set(values)) > 1 else "")
+def reference_cells(runs: list[dict]) -> list[str]:
+    fixed = {"gain": 0.0, "kl": 0.0, "win_rate": 0.5, "r_hat_w": 0.0, "r_hat_l": 0.0}
+    rows = [fixed | run["reference"] for run in runs]
+    return [common.cell([row.get(key) for row in rows]) for key in COLUMNS]
 
 
-def draw_optimum(ax, e: Experiment, beta: float = 1.0):
-    """The optimal curve as far as it can be trusted, from pi_ref on; beta times the KL is the implicit reward."""
-    n, r_ref = int(e.curve["trusted"].sum()), e.held["rewards"]["reward"].mean().item()
-    kl, reward = (e.curve[name].mean(1)[:n] for name in ("kl", "reward"))
-    ax.plot([0, *beta * kl], [r_ref, *reward], color="0.25", label="the best of all policies (Eq. 4)")
-    ax.plot(0, r_ref, "D", color=report.REF, ms=8, zorder=3, label=r"$\pi_\mathrm{ref}$")
-    ax.set(xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response", ylabel="mean true reward, nats")
+def optimum_cells(runs: list[dict], beta: float) -> list[str]:
+    """The row of the optimum that is closest to beta."""
+    rows = [min(run["optimum"], key=lambda row: abs(row["beta"] - beta)) for run in runs]
+    if not all(row["reliable"] for row in rows):
+        return ["-"] * len(COLUMNS)
+    return [common.cell([row.get(key) for row in rows]) for key in COLUMNS]
 
 
-def draw_figure(e: Experiment, points: list[dict]) -> bytes:
-    """A PNG: each method from its weaker to its stronger strength; its name stands at the right, in the order of reward."""
-    fig = report.new_figure(10.5, 6)
-    ax = fig.add_subplot()
-    draw_optimum(ax, e)
-    paths: dict[str, list[tuple[float, float]]] = {}
-    for p in points:
-        paths.setdefault(p["method"], []).append((p["kl"], p["reward"]))
+def draw(results: dict) -> Figure:
+    """Gain against KL. A line joins the two strengths of a method; labels are sorted by gain."""
+    figure = Figure((10, 6), layout="constrained")
+    ax, paths = figure.subplots(), {}
+    for p in results["points"]:
+        paths.setdefault(p["method"], []).append((p["kl"], p["gain"]))
+    right = 1.05 * max(p["kl"] for p in results["points"])
+    common.draw_optimum(ax, results, "gain", right)
+    styles = {"given pairs": "o", "fresh pairs": "s", "no reference": "^"}
     for name, path in paths.items():
-        marker = "^" if name in REFERENCE_FREE else "s" if METHODS[name].fresh else "o"
-        ax.plot(*zip(*path), marker + "-", color=report.THETA if name == "dpo" else "0.45", ms=6, lw=0.7)
-    for marker, label in (("o", "given pairs"), ("s", "fresh pairs"), ("^", "given pairs, no reference")):
-        ax.plot([], [], marker, color="0.45", label=label)
+        kind = "fresh pairs" if METHODS[name].source in FRESH else "given pairs"
+        marker = styles["no reference" if name in NO_REFERENCE else kind]
+        ax.plot(*zip(*path, strict=True), f"{marker}-", color=colour(name), ms=5, lw=0.7)
+    for kind, marker in styles.items():
+        ax.plot([], [], marker, color="0.45", label=kind)
+    ax.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
+    ax.plot([], [], "s:", color="0.55", ms=3, label="best of N, at a bound on its KL")
     ends = sorted(paths.items(), key=lambda item: item[1][-1][1])
-    for (name, path), y in zip(ends, np.linspace(0.05, 0.95, len(ends))):
-        ax.annotate(name, path[-1], xytext=(1.06, y), textcoords="axes fraction", va="center", fontsize="small",
-                    color=report.THETA if name == "dpo" else "0.2", arrowprops=dict(arrowstyle="-", color="0.8", lw=0.6))
-    ax.set_title(f"{e.settings.data}, {e.counts['pairs']:,} pairs, seed {e.settings.seed}")
-    ax.legend(loc="lower right", frameon=False, fontsize="small")
-    return report.png(fig)
+    for (name, path), y in zip(ends, np.linspace(0.04, 0.96, len(ends)), strict=True):
+        arrow = {"arrowstyle": "-", "color": "0.8", "lw": 0.6}
+        place = {"xytext": (1.03, y), "textcoords": "axes fraction", "va": "center"}
+        ax.annotate(name, path[-1], color=colour(name), arrowprops=arrow, **place)
+    top = 1.1 * max(p["gain"] for p in results["points"])
+    ax.set(xlim=(-0.02 * right, right), ylim=(-0.05 * top, top), title=title(results))
+    ax.set(xlabel=r"KL($\pi_\theta$, $\pi_{ref}$), nats per response")
+    ax.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
+    ax.legend(loc="lower right", frameon=False)
+    return figure
 
 
-# ----------------------------------------------------------------------------- the comparison
-
-def run(settings: Settings, names: list[str], times: float, out: Path, device: torch.device) -> dict:
-    """`train.prepare`, then each method at each strength, a stage each; results, table and figure."""
-    e, points = train.prepare(settings, out, device), []
-    for name in names:
-        m = METHODS[name]
-        sources = [inspect.getsource(of) for of in (LOSSES[m.loss or name], m.kind, m.fresh or m.kind, point, in_rounds, pairs)]
-        for i, (hyper, rate) in enumerate(zip(m.strengths(), m.rates)):
-            rate *= times * settings.rate
-            e.stage.known["method"] = repr((name, hyper, rate, m.rounds, sources))
-            points.append(e.stage(f"compare-{name}-{i}", f"method scores held_out batch seed answers dpo.py {train.TRAINS} "
-                                  f"{train.JUDGES}", lambda: point(e, name, hyper, rate)))
-    results = dict(config=config(settings), times=times, device=str(device), bf16=e.pi_ref.bf16, seconds=e.stage.seconds,
-                   labels=e.counts, points=points, reference=dict(
-                       reward=e.held["rewards"]["reward"].mean().item(), length=e.held["lengths"].double().mean().item()))
-    files.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    files.write(out / "table.md", (table([results]) + "\n").encode())
-    files.write(out / "figure.png", draw_figure(e, points))
-    return results
+def colour(name: str) -> str:
+    return ORANGE if name == "dpo" else "0.4"
 
 
-def config(settings: Settings) -> dict:
-    """As it is reported: of a path no more than its name."""
-    return dataclasses.asdict(settings) | dict(imdb=settings.imdb and Path(settings.imdb).name)
-
-
-def read_results(folder: Path) -> dict:
-    with files.reading(folder / "results.json", "results of this comparison"):
-        found = json.loads((folder / "results.json").read_bytes())
-        table([found])
-        return found
-
-
-# ----------------------------------------------------------------------------- the command line, which mend.py shares
-
-def parser_for(prog: str, description: str) -> terminal.Parser:
-    parser = terminal.Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, terminal.between(1, 10 ** 7, int)
-    add("--seed", type=terminal.between(0, 2 ** 32 - 1, int), metavar="N", help="of everything that is drawn (default 0)")
-    for name, what in dict(reviews="that pi_ref is fine-tuned on", steps="of fine-tuning", batch="prompts in a step of training",
-                           prompts="that preferences are collected on").items():
-        add(f"--{name}", type=count, metavar="N", help=what)
-    add("--held-out", type=terminal.between(2, 10 ** 5, int), metavar="N", help="prompts of the evaluation")
-    add("--device", type=terminal.usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, mps (default: %(default)s)")
-    add("--out", type=Path, default=Path("out/beyond"), help="the folder of everything that is written (default: %(default)s)")
-    return parser
-
-
-def settings_from(args: argparse.Namespace, defaults: dict) -> Settings:
-    given = {f.name: value for f in dataclasses.fields(Settings) if (value := getattr(args, f.name, None)) is not None}
-    return Settings(**defaults | given)
+def title(results: dict) -> str:
+    cfg = results["config"]
+    pairs_ = results["labels"]["pairs"]
+    return f"{cfg['data']}, {cfg['labels']} labels, {pairs_:,} pairs, seed {cfg['seed']}"
 
 
 def main(argv: list[str]) -> int:
-    parser = parser_for("compare.py", __doc__)
-    add = parser.add_argument
-    add("--data", choices=("toy", "imdb"), default="toy", help="the grammar's reviews (default), or IMDb's, which take hours")
-    add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="NAME", help="of " + ", ".join(METHODS) + " (all)")
-    add("--times", type=terminal.between(1e-6, 1e6), default=1.0, metavar="X", help="multiply every method's rate by X")
-    add("--summary", type=Path, nargs="+", metavar="DIR", help="print the table over these runs, and stop")
-    args = parser.parse_args(argv)
-    if args.imdb and args.data != "imdb":
-        parser.error("--imdb PATH needs --data imdb")
-    if args.summary:
-        try:
-            print(table([read_results(folder) for folder in args.summary]))
-        except files.BadInput as e:
-            parser.error(str(e))
-        return 0
-    settings = settings_from(args, train.IMDB if args.data == "imdb" else SMALLER)
-    return terminal.exit_code("compare.py", args.out, lambda: table([run(settings, args.methods, args.times, args.out, args.device)]))
+    return common.command("compare.py", __doc__, Config, argv, run, table)
 
 
 if __name__ == "__main__":

@@ -1,238 +1,230 @@
-"""Preferences in the ecosystem's shapes, made the standard one that this project and TRL read: one JSON object a line
-with the strings `prompt`, `chosen` and `rejected`.
+"""Convert preferences in common formats to the one that train.py and TRL read.
 
     python -m beyond.convert IN OUT [--labels {bt,argmax}] [--seed N]
 
-IN is a file of JSON lines, or one JSON array. What stands under the keys tells each row's shape:
+OUT gets JSON lines with the strings prompt, chosen and rejected. IN is a file of JSON lines, a JSON
+array, or a CSV file with a header. Each row has one of these formats:
 
-    prompt      chosen, rejected
-    string      strings             standard: kept as it is, without its other keys
-    list        lists               conversations: messages {role, content} that ask, and those that answer
-    (any)       lists               whole conversations that begin alike: what asks is within them
-    -           strings             HH-RLHF: transcripts that begin alike
-    string      -                   UltraFeedback: `completions` with `scores`, or with a score inside each; every pair
-                                    of them is labelled by Bradley-Terry, the scores being rewards in nats, or argmax
-    -           -                   the same with an `instruction`: a user's message, which the completions answer
+    pair            prompt, chosen and rejected are strings; other keys are dropped
+    conversation    prompt, chosen and rejected are lists of messages {role, content}
+    conversations   chosen and rejected are lists of messages that begin alike
+    transcripts     chosen and rejected are strings that begin alike, with turns "\\n\\nHuman: "
+                    and "\\n\\nAssistant: ", as in HH-RLHF
+    scores          completions are strings, or objects with text or response. The list `scores` has
+                    a number for each, or each object has score or overall_score (UltraFeedback).
+                    prompt is a string, or instruction is a user's message
 
-Messages become text as in HH-RLHF: "\\n\\nHuman: " or "\\n\\nSystem: " and what is said; the prompt ends with
-"\\n\\nAssistant:", and the response is a space and what is said. Conversations are split at the last such turn that both
-share, not where they begin to differ: words with which both answers begin belong to the answers.
+Scores are rewards in nats: each pair of completions is labelled by Bradley-Terry (Eq. 1), or by
+argmax. Messages become transcripts. The prompt ends with "\\n\\nAssistant:", after the last user's
+turn that both conversations share.
 """
+
 import argparse
+import csv
+import io
 import json
 import math
-import os
 import random
 import re
-import secrets
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import combinations, takewhile
+from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
-from types import NoneType
 
-from kit.files import BadInput
-from kit.terminal import Parser
+import torch
 
-LIMIT, ARRAY_LIMIT = 4_000_000, 64_000_000          # bytes that are held at once: of a line, of a file that is one array
-COMPLETIONS = 100                                   # of one prompt, at most: pairs grow with their square
-SPEAKER = dict(user="Human", assistant="Assistant", system="System")
+from dpo import bradley_terry
+from lib import cli
+from lib.io import BadInput, atomic_write
+
+SPEAKER = {"user": "Human", "assistant": "Assistant", "system": "System"}
 ASSISTANT = "\n\nAssistant:"
+Candidate = tuple[str, str, str, float]  # prompt, y_1, y_2, r_1 - r_2
 
-Candidate = tuple[str, str, str, float]             # prompt, y_1, y_2, and the log-odds that y_1 is preferred
+# ------------------------------------------------- files
 
 
-# ----------------------------------------------------------------------------- reading
-
-def lines(path: Path) -> Iterator[tuple[str, object]]:
-    """("line 3", what it holds) of each line that is not blank; ("item 3", it) if the file is one JSON array.
-
-    Errors: BadInput if it cannot be read, is not UTF-8 or not JSON, or exceeds what is ever held at once."""
+def read_rows(path: Path) -> tuple[str, list[tuple[str, object]]]:
+    """The kind of file, and each row with its place in the file. Raises BadInput."""
     try:
-        with open(path, "rb") as f:
-            if f.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":        # peeked, since a pipe cannot be opened twice
-                if len(whole := f.read(ARRAY_LIMIT + 1)) > ARRAY_LIMIT:
-                    raise BadInput(f"{path}: an array above {ARRAY_LIMIT:,} bytes; write one object a line (jq -c '.[]')")
-                yield from ((f"item {k}", row) for k, row in enumerate(parse(whole, f"{path}"), 1))
-                return
-            for k, line in enumerate(iter(lambda: f.readline(LIMIT + 1), b""), 1):
-                if len(line) > LIMIT:
-                    raise BadInput(f"{path}, line {k}: longer than {LIMIT:,} bytes; shorten or remove it")
-                if line.strip():
-                    yield f"line {k}", parse(line, f"{path}, line {k}")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror}); name a file of JSON lines") from None
-
-
-def parse(raw: bytes, where: str):
-    """The JSON value in raw; all its numbers are floats, so that none is too large to compare."""
-    try:
-        return json.loads(raw.decode("utf-8-sig"), parse_int=float)
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
-        raise BadInput(f"{where}: byte {e.start + 1} is not UTF-8; save the file as UTF-8 text, unpacked") from None
-    except json.JSONDecodeError as e:
-        raise BadInput(f"{where}: malformed JSON ({e.msg} at character {e.pos + 1}); write one object a line") from None
-    except RecursionError:
-        raise BadInput(f"{where}: JSON nested too deeply; write one flat object a line") from None
+        raise BadInput(f"{path}: is not UTF-8 text (byte {e.start})") from e
+    start = text.lstrip()[:1]
+    if start == "[":
+        rows = parse(text, f"{path}")
+        return "JSON array", [(f"item {i}", row) for i, row in enumerate(rows, 1)]
+    if start in ("{", ""):
+        lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return "JSON lines", [(where, parse(line, f"{path}, {where}")) for where, line in lines]
+    return "CSV", read_csv(text)
 
 
-# ----------------------------------------------------------------------------- shapes: each gives a row's candidates
+def parse(text: str, where: str):
+    try:
+        return json.loads(text, parse_int=float)
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{where}: is not JSON ({e})") from e
 
-def candidates(row: object) -> list[Candidate]:
-    """The pairs that a row of any shape offers. Errors: BadInput if it has none of the shapes, or is not whole."""
+
+def read_csv(text: str) -> list[tuple[str, object]]:
+    """Rows of a table that is separated by commas, semicolons or tabs."""
+    header = text.split("\n", 1)[0]
+    separator = max(",;\t", key=header.count)
+    csv.field_size_limit(1 << 30)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    return [(f"row {i}", row) for i, row in enumerate(table, 1)]
+
+
+# ------------------------------------------------- formats
+
+
+def recognise(row: object) -> tuple[str, list[Candidate]]:
+    """The format of a row, and the pairs that it offers. Raises BadInput."""
     if not isinstance(row, dict):
-        raise BadInput("not an object; write {...} with prompt, chosen and rejected")
-    kinds = {name: type(row.get(name)) for name in ("prompt", "chosen", "rejected")}
-    if tuple(kinds.values()) not in SHAPES:
-        found = ", ".join(f"{name} {'missing' if kind is NoneType else kind.__name__}" for name, kind in kinds.items())
-        raise BadInput(f"a row of no known shape ({found}); --help lists the shapes")
-    return SHAPES[tuple(kinds.values())](row)
+        raise BadInput("is not an object with prompt, chosen and rejected")
+    kinds = [type(row.get(name)) for name in ("prompt", "chosen", "rejected")]
+    if kinds == [str, str, str]:
+        return "pair", certain(row["prompt"], row["chosen"], row["rejected"])
+    if kinds == [list, list, list]:
+        return "conversation", answers(row)
+    if kinds[1:] == [list, list]:
+        y_w, y_l = (transcript(row[name], name) for name in ("chosen", "rejected"))
+        return "conversations", split(y_w, y_l)
+    if kinds[1:] == [str, str]:
+        return "transcripts", split(row["chosen"], row["rejected"])
+    if isinstance(row.get("completions"), list):
+        return "scores", scored(row)
+    found = ", ".join(f"{k}: {type(v).__name__}" for k, v in row.items() if k)[:150]
+    raise BadInput(f"has no known format ({found}); see --help")
 
 
-def conversation(row: dict) -> list[Candidate]:
-    prompt, *answers = (transcript(row[name], name) for name in ("prompt", "chosen", "rejected"))
-    if not all(answer.startswith(ASSISTANT) for answer in answers):
-        raise BadInput("chosen or rejected does not begin with an assistant's message; leave the user's to the prompt")
-    return certain(prompt + ASSISTANT, *(answer.removeprefix(ASSISTANT) for answer in answers))
-
-
-def whole_conversations(row: dict) -> list[Candidate]:
-    return split(transcript(row["chosen"], "chosen"), transcript(row["rejected"], "rejected"))
+def answers(row: dict) -> list[Candidate]:
+    """A conversation, and the messages that continue it."""
+    prompt, y_w, y_l = (transcript(row[name], name) for name in ("prompt", "chosen", "rejected"))
+    if not y_w.startswith(ASSISTANT) or not y_l.startswith(ASSISTANT):
+        raise BadInput("chosen and rejected must begin with a message of the assistant")
+    return certain(prompt + ASSISTANT, *(y.removeprefix(ASSISTANT) for y in (y_w, y_l)))
 
 
 def split(chosen: str, rejected: str) -> list[Candidate]:
-    """Two transcripts as prompt and responses: the responses begin with the last turn that both give to the assistant
-    after the same words."""
+    """Split two transcripts after the last turn of a user that they share."""
     w, l = chosen.split(ASSISTANT), rejected.split(ASSISTANT)
-    n = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(w[:-1], l[:-1])))
-    if not "".join(w[:n]).strip():
-        raise BadInput(f"chosen and rejected share no turn; both must begin with one prompt that ends in {ASSISTANT!r}")
-    return certain(*(ASSISTANT.join(turns) for turns in (w[:n] + [""], w[n:], l[n:])))
+    n = 0  # turns that both share
+    while n < min(len(w), len(l)) - 1 and w[n] == l[n]:
+        n += 1
+    if n == 0 or not w[0].strip():
+        raise BadInput(f"chosen and rejected must begin with the same turn, then {ASSISTANT!r}")
+    prompt = ASSISTANT.join([*w[:n], ""])
+    return certain(prompt, ASSISTANT.join(w[n:]), ASSISTANT.join(l[n:]))
 
 
 def certain(prompt: str, chosen: str, rejected: str) -> list[Candidate]:
-    """A pair that is labelled already."""
+    """A pair that has a label already."""
     if chosen == rejected:
-        raise BadInput("chosen and rejected are identical, which prefers nothing; remove the row")
+        raise BadInput("chosen and rejected are identical")
     return [(prompt, chosen, rejected, math.inf)]
 
 
-def completions(row: dict) -> list[Candidate]:
-    """All pairs of the row's completions; the log-odds that y_1 is preferred are r_1 - r_2 (Eq. 1)."""
-    answers, scores = row.get("completions"), row.get("scores")
-    if not isinstance(answers, list) or not 2 <= len(answers) <= COMPLETIONS:
-        raise BadInput(f"no chosen and rejected, and no list of 2 to {COMPLETIONS} completions; give either")
-    answers = [answer if isinstance(answer, dict) else {"text": answer} for answer in answers]
-    if scores is None:
-        scores = [answer.get("overall_score", answer.get("score")) for answer in answers]
-    if not isinstance(scores, list) or len(scores) != len(answers):
-        raise BadInput(f"scores is no list of {len(answers)} numbers; give each completion one")
-    if not all(isinstance(score, float) and math.isfinite(score) for score in scores):
-        raise BadInput("a score is missing, or not a finite number; give each completion one")
-    prompt, texts = row.get("prompt"), [checked(a.get("response", a.get("text")), "a completion") for a in answers]
+def scored(row: dict) -> list[Candidate]:
+    """All pairs of a prompt's completions."""
+    found = [c if isinstance(c, dict) else {"text": c} for c in row["completions"]]
+    inside = [c.get("overall_score", c.get("score")) for c in found]
+    scores, texts = row.get("scores", inside), [c.get("response", c.get("text")) for c in found]
+    if not isinstance(scores, list) or len(scores) != len(texts):
+        raise BadInput(f"needs {len(texts)} scores, one for each completion")
+    if not all(isinstance(r, float) and math.isfinite(r) for r in scores):
+        raise BadInput("a score is missing, or is not a number")
+    prompt = row.get("prompt")
+    texts = [checked(text, "a completion") for text in texts]
     if prompt is None:
-        prompt = transcript([dict(role="user", content=row.get("instruction"))], "prompt or instruction") + ASSISTANT
+        question = {"role": "user", "content": row.get("instruction")}
+        prompt = transcript([question], "prompt and instruction") + ASSISTANT
         texts = [f" {text}" for text in texts]
-    return [(prompt, y_1, y_2, r_1 - r_2) for (y_1, r_1), (y_2, r_2) in combinations(zip(texts, scores), 2)]
-
-
-SHAPES = {      # by the types of what stands under prompt, chosen and rejected
-    (str, str, str): lambda row: certain(row["prompt"], row["chosen"], row["rejected"]),
-    (list, list, list): conversation,
-    (str, list, list): whole_conversations,
-    (NoneType, list, list): whole_conversations,
-    (NoneType, str, str): lambda row: split(row["chosen"], row["rejected"]),
-    (str, NoneType, NoneType): completions,
-    (NoneType, NoneType, NoneType): completions,
-}
+    pairs = combinations(zip(texts, scores, strict=True), 2)
+    return [(prompt, y_1, y_2, r_1 - r_2) for (y_1, r_1), (y_2, r_2) in pairs]
 
 
 def transcript(messages: list, name: str) -> str:
-    """Messages as text, each after its speaker."""
-    if not messages or not all(isinstance(message, dict) for message in messages):
-        raise BadInput(f"{name} is no list of messages; write [{{\"role\": ..., \"content\": ...}}]")
-    if unknown := [role for message in messages if (role := message.get("role")) not in list(SPEAKER)]:
-        raise BadInput(f"unknown role {unknown[0]!r:.40} in {name}; the roles are {', '.join(SPEAKER)}")
-    return "".join(f"\n\n{SPEAKER[m['role']]}: {checked(m.get('content'), f'a message of {name}')}" for m in messages)
+    """Messages as text, each after the name of its speaker."""
+    text = ""
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in SPEAKER:
+            raise BadInput(f"{name} has a message with the role {role!r}, not {list(SPEAKER)}")
+        content = checked(message.get("content"), f"a message of {name}")
+        text += f"\n\n{SPEAKER[role]}: {content}"
+    return checked(text, name)
 
 
 def checked(text: object, name: str) -> str:
-    """text, which says something in Unicode. Errors: BadInput if it does not."""
-    if not isinstance(text, str):
-        raise BadInput(f"{name} is {'missing' if text is None else 'not text'}; give a string")
-    if not text.strip():
-        raise BadInput(f"{name} is empty; fill it, or remove the row")
-    if re.search(r"[\ud800-\udfff]", text):
-        raise BadInput(f"{name} holds half of a surrogate pair, which is no character; remove it")
+    """A text that is not blank and can be written as UTF-8. Raises BadInput."""
+    if not isinstance(text, str) or not text.strip():
+        raise BadInput(f"{name} is missing, empty, or not a string")
+    if re.search("[\ud800-\udfff]", text):
+        raise BadInput(f"{name} contains half of a surrogate pair, which is not a character")
     return text
 
 
-# ----------------------------------------------------------------------------- labels, and writing
+# ------------------------------------------------- labels
 
-def pairs(path: Path, labels: str, seed: int, counts: Counter) -> Iterator[dict]:
-    """The labelled pairs of a file, one after another; counts says, when all are drawn, what was read and left out.
 
-    Errors: BadInput, which names the line."""
-    rng = random.Random(seed)
-    for where, row in lines(path):
-        counts["rows"] += 1
+def convert(path: Path, labels: str, seed: int) -> tuple[list[dict], str]:
+    """The pairs of a file, and what was recognised. Raises BadInput, which names the row."""
+    kind, rows = read_rows(path)
+    formats, dropped, pairs = Counter(), Counter(), []
+    generator = random.Random(seed)
+    for where, row in rows:
         try:
-            for prompt, y_1, y_2, log_odds in candidates(row):
-                kind = "identical" if y_1 == y_2 else "ties" if log_odds == 0 and labels == "argmax" else "pairs"
-                counts[kind] += 1
-                if kind != "pairs":
-                    continue
-                p = 0.5 + 0.5 * math.tanh(log_odds / 2)         # the sigmoid, which overflows for no log-odds
-                first = log_odds > 0 if labels == "argmax" else rng.random() < p
-                chosen, rejected = (y_1, y_2) if first else (y_2, y_1)
-                pair = dict(prompt=prompt, chosen=chosen, rejected=rejected)
-                yield {name: checked(text, name) for name, text in pair.items()}
+            name, candidates = recognise(row)
+            formats[name] += 1
+            pairs += label(candidates, labels, generator, dropped)
         except BadInput as e:
-            raise BadInput(f"{path}, {where}: {e}") from None
-    if not counts["pairs"]:
-        raise BadInput(f"{path}: no pairs ({counts['rows']} rows, {counts['identical']} pairs of identical completions, "
-                       f"{counts['ties']} ties); give rows that prefer one response to another")
+            raise BadInput(f"{path}, {where}: {e}") from e
+    found = ", ".join(f"{n} x {name}" for name, n in formats.items()) or "no rows"
+    recognised = f"{path}: {kind}, {found}"
+    lost = f"{dropped['identical']} pairs of identical completions, {dropped['tie']} ties"
+    if not pairs:
+        raise BadInput(f"{recognised}; no pairs ({lost})")
+    return pairs, f"{recognised}\n{len(pairs)} pairs; dropped: {lost}"
 
 
-def write(path: Path, rows: Iterable[dict]):
-    """One JSON object a line, in a new file that is there whole or not at all. Errors: BadInput."""
-    if os.path.lexists(path):
-        raise BadInput(f"{path}: exists already; name another file, or remove it")
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "x", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            f.flush()
-            os.fsync(f.fileno())
-        os.rename(part, path)
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); name one in a folder that has room") from None
-    finally:
-        if os.path.exists(part):                        # an error left it; after the renaming there is none
-            part.unlink()
+def label(
+    candidates: list[Candidate], labels: str, generator: random.Random, dropped: Counter
+) -> Iterator[dict]:
+    """Pairs of which one response is preferred. Counts those that are dropped."""
+    for prompt, y_1, y_2, gap in candidates:
+        if y_1 == y_2 or (gap == 0 and labels == "argmax"):
+            dropped["identical" if y_1 == y_2 else "tie"] += 1
+            continue
+        p = bradley_terry(torch.tensor(gap, dtype=torch.float64), torch.tensor(0.0)).item()
+        first = gap > 0 if labels == "argmax" else generator.random() < p
+        y_w, y_l = (y_1, y_2) if first else (y_2, y_1)
+        pair = {"prompt": prompt, "chosen": y_w, "rejected": y_l}
+        yield {name: checked(text, name) for name, text in pair.items()}
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="convert.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", type=Path, help="JSON lines, or a JSON array")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; it must not exist")
-    parser.add_argument("--labels", choices=("bt", "argmax"), default="bt",
-                        help="of completions with scores: drawn from Bradley-Terry (default), or the higher score's")
-    parser.add_argument("--seed", type=int, default=0, help="of the labels that are drawn (default: 0)")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="beyond.convert", description=__doc__, formatter_class=style)
+    parser.add_argument("source", metavar="IN", type=Path, help="JSON lines, JSON array or CSV")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the new file; it must not exist")
+    parser.add_argument("--labels", choices=("bt", "argmax"), default="bt", help="of scores (bt)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the labels (0)")
     args = parser.parse_args(argv)
-    counts = Counter()
     try:
-        write(args.out, pairs(args.source, args.labels, args.seed, counts))
-    except BadInput as e:
-        print(f"convert.py: {e}", file=sys.stderr)
+        if args.out.exists():
+            raise BadInput(f"{args.out}: exists already; choose another name")
+        pairs, recognised = convert(args.source, args.labels, args.seed)
+        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+        atomic_write(args.out, "".join(lines).encode())
+        print(f"{recognised}\nnext: python train.py --data {args.out}")
+    except (BadInput, OSError) as e:
+        print(f"beyond.convert: {' '.join(str(e).split())[:500]}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"convert.py: interrupted; {args.out} was not written", file=sys.stderr)
-        return 130
-    print(f"{args.out}: {counts['pairs']} pairs of {counts['rows']} rows; left out {counts['identical']} pairs of "
-          f"identical completions and {counts['ties']} ties")
     return 0
 
 

@@ -1,338 +1,287 @@
-"""train.py's experiment on several processes, in parts of a batch that fit into memory, at sizes that need it.
+"""The experiment of train.py on N processes, with DPO sharded by PyTorch's FSDP2.
 
-    torchrun --nproc_per_node=N -m beyond.distributed [train.py's flags]
-             [--size gpt2] [--micro-batch M] [--checkpoint-activations] [--compile]
-    python -m beyond.distributed ...                    one process
+    torchrun --nproc_per_node=N -m beyond.distributed [train.py's flags] [--checkpoint-every K]
+             [--checkpoint-activations] [--compile] [--replicate G]
 
-Why parts are right. A loss L sees the parameters theta only through the values v_1 ... v_B that the model gives the texts of
-its batch, each by itself: log pi_theta of text i. Therefore
+Parameters, gradients and optimizer state are sharded. Each process computes its share of a batch's
+prompts. The batch's loss is sum_i w_i loss_i / W, where W is the weight of all its pairs. FSDP
+averages gradients over processes, so each process computes
 
-    dL/dtheta = sum_i dL/dv_i dv_i/dtheta
+    N / W sum_{i in its share} w_i loss_i
 
-is a sum over texts, and may be taken over parts of them: side by side (processes) or one after the other (micro-batches).
-Each process computes the v_i of its share, all of them get all v, every one computes the *whole* L, goes back through its own
-v_i, and the gradients are summed. L is never split, so no mean of means can be wrong: weights, gradient norm and
-records are train.py's own, and losses that couple a batch's pairs are right as well. A micro-batch keeps v alone on
-the way forward and is computed again on the way back, which costs one more forward pass.
+Completions are sampled in shares of prompts, each chunk of prompts with its own seed. All other
+stages run on process 0, as in train.py. So results depend on N by rounding only.
 
-So this file replaces, for the duration, what runs a model on texts: `dpo.response_logps`, `dpo.sequence_kl`,
-`train.token_nll` and `train.draw`; and `files.Stages`, so that rank 0 alone reads and writes. All else is train.py, by every
-process at once. Samples are drawn in batches, each by one process with random numbers of its own: no result depends
-on the number of processes, but for rounding.
+What this file leaves out: sharded fine-tuning and inference; losses that couple prompts; gradient
+accumulation; Muon. See docs/scale.md.
 """
+
 import contextlib
-import dataclasses
 import datetime
-import functools
+import json
+import math
 import os
 import re
-import signal
+import shutil
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-# Imported before there is a group: defaults of its functions would keep the group for good, and gloo's threads with it, which
-# may need the interpreter while it ends, and abort (seen with torch 2.13).
-import torch.distributed.nn
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+import torch.distributed.checkpoint as dcp
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-import data
 import dpo
-import model
 import train
-from kit import files, report, terminal
-from kit.files import BadInput
+from lib import cli, evaluate, optim, report
+from lib.checkpoint import load_gpt
+from lib.io import BadInput
+from lib.loss import load_loss
+from lib.stage import Stage, stage_key
 from model import GPT
 
-SIZES = {   # --size: what is not given by a flag of its own
-    "small": dict(n_layer=8, n_head=6, n_embd=384),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, tokenizer="gpt2", prompts=25_000),     # 124 M; the paper's count
-}
+# The fused SGD does not take sharded tensors.
+OPTIMIZERS = optim.OPTIMIZERS | {"sgd": partial(torch.optim.SGD, momentum=0.9)}
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
-    processes: int = 1
-    micro_batch: int | None = None          # texts at a time on each process; all if None
-    checkpoint_activations: bool = False
-    compile: bool = False
+class Settings(train.Config):
+    """Those of train.py, and four that change results by rounding only."""
+
+    checkpoint_every: int = cli.flag(100, "DPO steps between distributed checkpoints", 1, 10**9)
+    checkpoint_activations: bool = cli.flag(False, "recompute activations in the backward pass")
+    compile: bool = cli.flag(False, "compile each block with torch.compile")
+    replicate: int = cli.flag(1, "copies of the sharded model, for instance one per node", 1, 10**6)
 
 
-# ----------------------------------------------------------------------------- parts of a batch
-
-def summed(value: Tensor) -> Tensor:
-    """The sum over processes, in place."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(value)
-    return value
+Job = tuple[Settings, Path]  # and the folder of a training run's distributed checkpoints
 
 
-class SumForward(torch.autograd.Function):
-    """v -> its sum over processes. All of them go on to the same L, so that backwards dL/dv is there already."""
-
-    @staticmethod
-    def forward(ctx, v: Tensor) -> Tensor:
-        return summed(v.clone())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
+# -------------------------------------------------- sharded models
 
 
-class SumBackward(torch.autograd.Function):
-    """theta -> theta; backwards, the sum over processes of each one's dL/dtheta, zero where its share is empty."""
-
-    @staticmethod
-    def forward(ctx, *theta: Tensor) -> tuple[Tensor, ...]:
-        return tuple(p.view_as(p) for p in theta)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
-        flat = summed(torch.cat([grad.flatten() for grad in grads]))        # one message
-        return tuple(part.view_as(grad) for part, grad in zip(flat.split([grad.numel() for grad in grads]), grads))
-
-
-class Applied(nn.Module):
-    """f(pi, ...) as a module's forward, which `functional_call` can give other tensors for pi's parameters."""
-
-    def __init__(self, f: Callable, pi: nn.Module):
-        super().__init__()
-        self.f, self.pi = f, pi
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.f(self.pi, *args)
+def shard(checkpoint: dict, device: torch.device, settings: Settings) -> GPT:
+    """The model of a checkpoint, sharded over all processes, or within each of G groups."""
+    N, G = dist.get_world_size(), settings.replicate
+    if N % G:
+        raise BadInput(f"--replicate {G}: must divide the number of processes, {N}")
+    mesh = dist.init_device_mesh(device.type, (G, N // G), mesh_dim_names=("replicate", "shard"))
+    how = {"mesh": mesh if G > 1 else mesh["shard"]}
+    if device.type == "cuda":
+        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    pi = load_gpt(checkpoint, torch.device("cpu"))  # fully_shard moves the shards to the device
+    pi.bf16 = optim.bf16_supported(device)
+    for i, block in enumerate(pi.h):
+        if settings.checkpoint_activations:
+            block = checkpoint_wrapper(block)
+        if settings.compile:
+            block.compile(dynamic=True)
+        pi.h[i] = fully_shard(block, **how)
+    return fully_shard(pi, **how)
 
 
-def in_parts(f: Callable[..., Tensor], micro_batch: int | None, *rows: Tensor) -> Tensor:
-    """f(*rows) for tensors of B rows, if f treats each row by itself: (B, ...) on every process. Each computes every N-th
-    row, perhaps none, at most `micro_batch` at a time."""
-    B, share = len(rows[0]), slice(dist.get_rank(), None, dist.get_world_size())
-    parts = list(zip(*(v[share].split(micro_batch or max(B, 1)) for v in rows)))
-    if len(parts) > 1:
-        f = partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
-    values = torch.cat([f(*part) for part in parts])
-    whole = values.new_zeros(B, *values.shape[1:])
-    whole[share] = values
-    return SumForward.apply(whole)
+def gather(pi: GPT, checkpoint: dict) -> dict:
+    """`checkpoint` with the weights of a sharded model, whole, on every process."""
+    options = state_dict.StateDictOptions(full_state_dict=True)
+    weights = state_dict.get_model_state_dict(pi, options=options)
+    return checkpoint | {"weights": {name: weight.cpu() for name, weight in weights.items()}}
 
 
-@contextlib.contextmanager
-def replaced(owner: object, **attributes: object) -> Iterator[None]:
-    before = {name: getattr(owner, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
+def train_sharded(pi: GPT, preferences: dpo.Preferences, loss: dpo.Loss, optimizer,
+                  batches: list[torch.Tensor], lr: float, job: Job, what: str):  # fmt: skip
+    """As `dpo.train`, for all processes, with warmup, decay and distributed checkpoints.
+
+    Yields the metrics of whole batches as floats, also those of the steps before a resumption.
+    """
+    rank, N, steps = dist.get_rank(), dist.get_world_size(), len(batches)
+    if min(map(len, batches)) < N:
+        raise BadInput(f"{what}: a batch is smaller than the number of processes, {N}")
+    settings, folder = job
+    multiplier = optim.linear_warmup_decay(steps)
+    rows = load(folder, pi, optimizer)
+    yield from rows
+
+    def shares() -> Iterator[torch.Tensor]:
+        for step in range(len(rows), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * multiplier(step)
+            yield batches[step][rank::N]
+
+    def normalize(weight: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(total := weight.sum())
+        return weight * (N / total)
+
+    how = {"logps_fn": dpo.response_logps, "normalize": normalize}
+    records = dpo.train(pi, preferences, loss, optimizer, shares(), **how)
+    for metrics in tqdm(records, what, steps, initial=len(rows), disable=rank > 0):
+        grad_norm = metrics.pop("grad_norm").full_tensor()
+        dist.all_reduce(means := torch.stack([*metrics.values()]) / N)
+        row = dict(zip(metrics, means.tolist(), strict=True)) | {"grad_norm": grad_norm.item()}
+        if not math.isfinite(row["loss"] + row["grad_norm"]):
+            raise BadInput(f"{what} diverged at step {len(rows) + 1}: lower --lr")
+        rows.append(row)
+        yield row  # the caller may add to it
+        if len(rows) % settings.checkpoint_every == 0:
+            save(folder, pi, optimizer, rows)
+
+
+def save(folder: Path, pi: GPT, optimizer: torch.optim.Optimizer, rows: list[dict]):
+    """Write a distributed checkpoint, and then delete older ones."""
+    older = [path.parent for path in folder.glob("*/.metadata")]
+    model, moments = state_dict.get_state_dict(pi, optimizer)
+    state = {"model": model, "optimizer": moments, "rows": json.dumps(rows)}
+    dcp.save(state, checkpoint_id=folder / f"{len(rows):09}")
+    for path in older if dist.get_rank() == 0 else []:
+        shutil.rmtree(path)
+
+
+def load(folder: Path, pi: GPT, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Load the last complete checkpoint. Returns its rows, or none if there is no checkpoint."""
+    complete = sorted(folder.glob("*/.metadata"))  # written last
+    if not complete:
+        return []
+    model, moments = state_dict.get_state_dict(pi, optimizer)
+    state = {"model": model, "optimizer": moments, "rows": ""}
+    dcp.load(state, checkpoint_id=complete[-1].parent)
+    state_dict.set_state_dict(pi, optimizer, model_state_dict=model, optim_state_dict=moments)
+    return json.loads(state["rows"])
+
+
+# -------------------------------------------------- stages that run on all processes
+
+
+def complete(reference: dict, dataset, K: int, seed: int, device: torch.device, _: Job) -> dict:
+    """As `train.complete`, in shares of prompts. Each chunk of prompts has its own seed."""
+    rank, N, starts = dist.get_rank(), dist.get_world_size(), range(0, len(dataset.prompts), 256)
+    own = []
+    for i in starts[rank::N]:
+        chunk = replace(dataset, prompts=dataset.prompts[i : i + 256])
+        own.append(train.complete(reference, chunk, K, seed * 10**6 + i, device))
+    dist.all_gather_object(shares := [[]] * N, own)
+    parts = [shares[i % N][i // N] for i in range(len(starts))]
+    completions = zip(*(part["completions"] for part in parts), strict=True)
+    rewards = torch.cat([part["rewards"] for part in parts])
+    return {"completions": tuple(map(torch.cat, completions)), "rewards": rewards}
+
+
+def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, optimizer: str,
+              lr: float, epochs: int | None, batch_size: int, prompts: list[list[int]], seed: int,
+              device: torch.device, job: Job) -> dict:  # fmt: skip
+    """As `train.train_dpo`."""
+    pi_theta = shard(reference, device, job[0])
+    rng, lengths = np.random.default_rng(seed), train.longest_rows(preferences).numpy()
+    epochs = epochs or math.ceil(100 * batch_size / len(lengths))
+    batches = []
+    for _ in range(epochs):
+        batches += map(torch.from_numpy, optim.length_bucketed_batches(lengths, batch_size, rng))
+    opt, steps, curves = OPTIMIZERS[optimizer](pi_theta.parameters(), lr), len(batches), []
+    for row in train_sharded(pi_theta, preferences, loss, opt, batches, lr, job, "training"):
+        curves.append(row)
+        tenth = len(curves) * 10 // steps > (len(curves) - 1) * 10 // steps
+        if tenth and "kl" not in row:
+            policy = gather(pi_theta, reference)
+            if dist.get_rank() == 0:
+                models = load_gpt(policy, device), load_gpt(reference, device)
+                row |= evaluate.monitor(*models, prompts, seed)
+    return gather(pi_theta, reference) | {"curves": curves}
+
+
+PARALLEL = {train.complete: complete, train.train_dpo: train_dpo}
+
+
+# -------------------------------------------------- process 0 leads, and the others follow
+
+
+class ParallelStage(Stage):
+    """Process 0's cache. It calls the functions in PARALLEL on all processes."""
+
+    def __init__(self, folder: Path, settings: Settings, plan: bool = False):
+        super().__init__(folder, plan)
+        self.settings = settings
+
+    def __call__(self, name: str, function: Callable, *args: object):
+        if function not in PARALLEL:
+            return super().__call__(name, function, *args)
+        function = PARALLEL[function]
+
+        @wraps(function)  # so that the key covers its code
+        def on_all_processes(*args: object):
+            folder = self.folder.absolute() / "checkpoints" / stage_key(function, args)
+            call = partial(function, *args, (self.settings, folder))
+            dist.broadcast_object_list([call])
+            return call()
+
+        return super().__call__(name, on_all_processes, *args)
+
+
+def lead(args, settings: Settings) -> str:
+    """Run the experiment, as train.py does."""
+    loss = load_loss(settings.loss, settings.loss_args)
+    check_loss(partial(loss, beta=settings.beta[0]), settings.loss)
+    device = torch.device(args.device.type)  # of each process
+    plan = ParallelStage(args.out, settings, plan=True)
+    train.run(settings, plan, device)
+    print(plan.describe())
+    results = train.run(settings, ParallelStage(args.out, settings), device)
+    dist.broadcast_object_list([None])
+    shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
+    report.write_report(args.out, results)
+    return report.summary(results)
+
+
+def follow(settings: Settings):
+    """Call what process 0 calls, until it is done."""
+    load_loss(settings.loss, settings.loss_args)  # so that a loss can be received
+    dist.broadcast_object_list(call := [None])
+    while call[0]:
+        call[0]()
+        dist.broadcast_object_list(call)
+
+
+def check_loss(loss: dpo.Loss, name: str):
+    """Raises BadInput if the loss of a prompt's pair depends on other prompts."""
+    prompt, pairs = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([[0, 1], [2, 3]])
+    ids, logps = torch.arange(18).view(6, 3), -torch.rand(6, 3)
+    batch = dpo.Preferences(ids, ids > -1, 2 * logps, prompt, pairs, torch.ones(2))
+    together, _, _ = loss(logps, batch)
+    alone, _, _ = loss(logps[:2], batch.select(torch.tensor([0])))
+    if not torch.allclose(together[:1], alone):
+        raise BadInput(f"--loss {name}: couples the prompts of a batch, so it needs train.py")
+
+
+def in_group(work: Callable[[], object]) -> object:
+    """Call work() in the group of all processes. Raises BadInput if another process ends."""
+    if "RANK" not in os.environ:
+        raise BadInput("start it with torchrun, see --help")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=datetime.timedelta(days=1))  # gloo, and nccl for GPUs
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def sharded(micro_batch: int | None = None, checkpoint_activations: bool = False, compile: bool = False) -> Iterator[None]:
-    """Within, models run on shares and parts of texts, and dpo.train, train.fine_tune, train.optimise, train.score and
-    train.evaluate give what they give without, on every process; all must be called by all, with the same arguments. With
-    `compile` blocks are compiled where they are called without a cache. A trace serves every block, at any length, but there are
-    several: with gradients and without, of one text and of more, of parameters and of what stands for them."""
-    logps, kls, one_draw, block = dpo.response_logps, dpo.sequence_kl, train.draw, model.Block.forward
-    without_cache = torch.compile(block, dynamic=True) if compile else block
-    traces = replaced(torch._dynamo.config, recompile_limit=64) if compile else contextlib.nullcontext()
-
-    def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        names, theta = zip(*pi.named_parameters(prefix="pi"))
-        f = partial(functional_call, Applied(logps, pi), dict(zip(names, SumBackward.apply(*theta))))
-        return in_parts(lambda *part: f(part), micro_batch, ids, mask)
-
-    def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return in_parts(lambda *part: torch.stack(kls(pi_theta, pi_ref, *part), 1), micro_batch, ids, mask).unbind(1)
-
-    def token_nll(pi: GPT, batch: list[list[int]], reduction: str = "mean") -> Tensor:
-        ids = train.padded(batch).to(pi.wte.weight.device)
-        mask = (ids >= 0) & (torch.arange(ids.size(1), device=ids.device) > 0)
-        nll = -response_logps(pi, ids.clamp(min=0), mask).sum()
-        return nll / mask.sum() if reduction == "mean" else nll
-
-    def draw(pi: GPT, prompts: list[list[int]], settings: train.Settings, tokenizer, purpose: str) -> list[list[int]]:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        batches, drawn = train.in_groups(order, 1024), {}
-        for k in train.tqdm(range(dist.get_rank(), len(batches), dist.get_world_size()), desc=purpose):
-            with replaced(train, tqdm=partial(tqdm, disable=True)):
-                ys = one_draw(pi, [prompts[i] for i in batches[k]], settings, tokenizer, purpose + f", batch {k}" * (k > 0))
-            drawn |= zip(batches[k], ys)
-        shares = [{}] * dist.get_world_size()
-        dist.all_gather_object(shares, drawn)
-        responses = {i: y for share in shares for i, y in share.items()}
-        return [responses[i] for i in range(len(prompts))]
-
-    def forward(self: model.Block, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        if cache is not None:
-            return block(self, x, cache, start)
-        if checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(without_cache, self, x, use_reentrant=False, preserve_rng_state=False)
-        return without_cache(self, x)
-
-    with (traces, replaced(dpo, response_logps=response_logps, sequence_kl=sequence_kl), replaced(model.Block, forward=forward),
-          replaced(train, token_nll=token_nll, draw=draw)):
-        yield
-
-
-# ----------------------------------------------------------------------------- rank 0 reads and writes
-
-def from_first(value: object = None) -> object:
-    """Rank 0's value, on every process."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-class Stages(files.Stages):
-    """train.Stages, kept by rank 0, whose results all processes get. `world` is made by it alone, the others by all."""
-
-    def value(self, need: str) -> object:
-        return super().value(need), Path(__file__).read_text(encoding="utf-8")
-
-    def __call__(self, name: str, needs: str, make: Callable[[], object]):
-        @functools.wraps(make)
-        def by_all():
-            from_first("make")
-            return make()
-        if dist.get_rank() == 0:
-            return from_first(super().__call__(name, needs, make if name == "world" else by_all))
-        if (found := from_first()) == "make":
-            make()
-            found = from_first()
-        return found
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Nothing is written, printed or drawn."""
-    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), replaced(data, write=lambda *_: None),
-          replaced(report, write_report=lambda *_: None), replaced(train, tqdm=partial(tqdm, disable=True))):
-        yield
-
-
-# ----------------------------------------------------------------------------- the command line
-
-def join() -> dist.Store:
-    """Into the group of processes that torchrun's variables tell of, or a group of one. Objects and CPU tensors go through
-    gloo, a GPU's through nccl. The store outlasts a process that fails (torchrun keeps it)."""
-    if "RANK" in os.environ:
-        store, rank, N = next(dist.rendezvous("env://"))
-    else:
-        store, rank, N = dist.HashStore(), 0, 1
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=N,
-                            timeout=datetime.timedelta(hours=2))        # rank 0 may be long in making the world
-    return store
-
-
-def own_device(device: torch.device) -> torch.device:
-    """A process's own GPU, if several processes use GPUs. Errors: BadInput if there are too few."""
-    if dist.get_world_size() == 1 or device.type == "cpu":
-        return device
-    local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-    if device.type != "cuda" or local >= torch.cuda.device_count():
-        raise BadInput(f"--device {device.type}: several processes need a GPU each, or --device cpu")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
-
-
-def parse(argv: list[str]) -> tuple:
-    parser = terminal.Parser(prog="distributed.py", description=__doc__, allow_abbrev=False,
-                          formatter_class=train.argparse.RawDescriptionHelpFormatter,
-                          epilog="All other flags are train.py's: see python train.py --help.")
-    add = parser.add_argument
-    add("--size", choices=SIZES, help="small: 8 layers of 384; gpt2: 12 of 768, GPT-2's tokenizer, 25,000 prompts (124 M parameters)")
-    add("--micro-batch", type=terminal.between(1, 10 ** 7, int), metavar="N", help="texts (reviews, or responses) that a process "
-        "has in memory at once (default: all of its share)")
-    add("--checkpoint-activations", action="store_true", help="keep each block's input alone, and compute the rest again")
-    add("--compile", action="store_true", help="compile the blocks (torch.compile); a GPU needs Triton for it, a CPU a C++ compiler")
-    own, rest = parser.parse_known_args(argv)
-    args, settings = train.parse(rest)
-    size = {name: value for name, value in SIZES.get(own.size, {}).items() if getattr(args, name, None) is None}
-    return args, Settings(**dataclasses.asdict(settings) | size, processes=dist.get_world_size(), micro_batch=own.micro_batch,
-                          checkpoint_activations=own.checkpoint_activations, compile=own.compile)
-
-
-def experiment(args, settings: Settings):
-    """train.run, or its --show, on every process."""
-    began, device = time.perf_counter(), own_device(args.device)
-    alone = contextlib.nullcontext()
-    if dist.get_rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        alone = files.alone_in(args.out)
-    parts = sharded(settings.micro_batch, settings.checkpoint_activations, settings.compile)
-    with alone, parts, replaced(train, Stages=Stages):
-        if args.show:
-            train.prepare(settings, args.out, device, show=True)
-            return
-        results = train.run(settings, args.out, device)
-    print(report.summary(results))
-    print(f"{time.perf_counter() - began:.0f} s, {settings.processes} process{'es' * (settings.processes > 1)}; see "
-          f"{args.out / 'figure.png'}, and what lies beside it")
-
-
-def explain(e: BaseException, args) -> int:
-    """One line about what went wrong, or all that is known where it is a mistake of the program's; the exit code."""
-    said = " ".join(str(e).split())[:500]
-    if isinstance(e, KeyboardInterrupt):
-        said, code = f"interrupted; the stages that ended are kept in {args.out}, run again to go on", 130
-    elif isinstance(e, RuntimeError) and re.search("onnection (closed|reset)|roken pipe|remote process|peer", said):
-        said, code = "another process of this run ended; the stages that ended are kept, run again to go on", 2
-    elif isinstance(e, RuntimeError) and (missing := re.search(".*working (C|triton).*", str(e))):
-        said, code = f"--compile: {missing[0]}", 2
-    elif isinstance(e, (BadInput, OSError, MemoryError)) or isinstance(e, RuntimeError) and re.search("alloc|out of memory", said):
-        said, code = said or "out of memory", 2
-    else:
-        traceback.print_exception(e)
-        return 1
-    print(f"distributed.py: {said}", file=sys.stderr, flush=True)
-    return code
+        return work()
+    except RuntimeError as error:
+        if not re.search("onnection|peer", str(error)):
+            raise
+        raise BadInput("another process ended; repeat the command to continue") from error
 
 
 def main(argv: list[str]) -> int:
-    """Whoever fails first says why; the others lose their connection to it, and end without a word."""
-    terminal.keep_freed_memory()
-    store, args = join(), None
-    first = dist.get_rank() == 0
-    try:
-        with contextlib.nullcontext() if first else silent():
-            try:
-                found = from_first(parse(argv) if first else None)
-            except SystemExit as e:                     # a flag, or --help: the parser has spoken
-                found = from_first(e.code)
-            if isinstance(found, int):
-                return found
-            args, settings = found
-            experiment(args, settings)
-    except (Exception, KeyboardInterrupt) as e:
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)            # torchrun sends one more than the terminal
-        except KeyboardInterrupt as late:                           # that had to wait until a collective failed
-            e = late
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = 130 if isinstance(e, KeyboardInterrupt) else 2
-        with contextlib.suppress(dist.DistError):       # the store is gone with rank 0, which failed first then
-            if store.add("failures", 1) == 1:
-                code = explain(e, args)
-        if dist.get_world_size() > 1:                   # at once: taking leave of a broken group may abort
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        return code
-    finally:
-        dist.destroy_process_group()
+    args, settings = cli.parse("beyond.distributed", __doc__, Settings, argv)
+    if os.environ.get("RANK", "0") == "0":
+        work = partial(in_group, partial(lead, args, settings))
+        return cli.run_cli("beyond.distributed", args.out, args.debug, work)
+    with contextlib.suppress(BadInput, KeyboardInterrupt):  # process 0 reports them
+        in_group(partial(follow, settings))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # threads of gloo can abort a process that shuts down normally

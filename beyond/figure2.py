@@ -1,363 +1,477 @@
-"""Figure 2 of the paper, left, whole: reward against KL of every method that it compares, from one pi_ref.
+"""Figure 2 (left) of the paper with all of its methods: gain in true reward against KL.
 
-    python -m beyond.figure2 [--data imdb] [--labels argmax] [--seed N] [--out DIR]
-    python -m beyond.figure2 --summary DIR DIR ...      the paper's claims over these runs, as markdown
+    python -m beyond.figure2 [train.py's flags] [--methods DPO PPO ...]
+    python -m beyond.figure2 --summary DIR DIR ...     # the paper's claims, over finished runs
 
-    DPO             Eq. 7                                       beta 0.05, 0.1, 1, 5
-    Preferred-FT    -log pi(y_w)                                over seeds
-    Unlikelihood    -log pi(y_w) + alpha log pi(y_l)            alpha 0.05, 0.1, 0.5, 1
-    PPO             ppo.py, a reward learned from the pairs     target KL 3, 6, 9, 12
-    PPO-GT          ppo.py, the true reward                     target KL 3, 6, 9, 12
-    best of N       N samples of pi_ref, the best by r*         N to 128, at a bound on its KL
+    DPO             Eq. 7, at each --beta
+    PPO             Eq. 3 with a reward model of the same pairs, at each --ppo-beta
+    PPO-GT          Eq. 3 with the true reward, at each --gt-beta
+    Preferred-FT    -log pi(y_w)
+    Unlikelihood    -log pi(y_w) + alpha log pi(y_l), alpha 0.05, 0.1, 0.5, 1
+    best of N       the best of N samples of pi_ref by r*, at a bound on its KL
 
-World, pi_ref, preferences and evaluation are train.py's. Training is evaluated as it goes, and every evaluation is a point. In
-the toy world there are also beta 0.5 and 2, and targets 0.5, 1 and 2, where the optimal curve can be trusted.
+Each run is evaluated once, after training. A method's curve joins its runs in the order of their
+KL. No run is left out because of its reward, so the mean of a curve over seeds is not biased
+upward, as the mean of a hull over noisy points is.
 
-A method's *frontier* is the concave hull of its points, pi_ref among them: a coin that picks one of two policies for each
-response has the mean of their rewards, and at most the mean of their KLs, so what lies on the hull can be had.
+The curve is broken between runs whose KLs differ by more than a factor 1.6. Table entries in such a
+hole are in brackets, and verdicts do not use them. A verdict needs three seeds, and a 95 % interval
+that excludes 0.
 
-Samples are responses drawn for a method: the completions behind the pairs it has been trained on so far (all of them for the
-reward model), and those that it drew. Seconds are those of drawing and scoring them, and of training.
+The paper's reward is a probability, which saturates. Ours is a logit, in nats, as the oracle of EXO
+(2402.00856). Tables and figure show both: the gain in r*, and P(positive), the mean of sigmoid(r*).
 """
-import dataclasses
-import inspect
-import json
-import math
-import re
+
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
-import data
 import dpo
 import train
-from beyond import losses, ppo
-from beyond.compare import cell, config, parser_for, prompts_in, settings_from
-from beyond.ppo import Reward, Scalar, Tuning
-from dpo import Preferences
-from kit import batches, checkpoints, estimates, files, report, terminal
-from model import GPT
-from train import Experiment, Settings
+from beyond import common, ppo
+from beyond.common import Experiment
+from beyond.pairs import Reward
+from beyond.ppo import PPOConfig, ValueModel
+from data import Dataset, load_tokenizer
+from dpo import Preferences, pair_logps
+from lib.checkpoint import load_gpt, to_checkpoint
+from lib.cli import flag
+from lib.io import BadInput
+from lib.report import ORANGE
+from lib.stage import Stage
 
-Run = dict[str, str | float]            # "method", what it is swept over, and its rate
+METHODS = ("DPO", "PPO", "PPO-GT", "Preferred-FT", "Unlikelihood")
+BETAS = (1.0, 0.78, 0.61, 0.47, 0.36, 0.28, 0.21, 0.18, 0.155, 0.13, 0.11)
+IMDB_BETAS = (1.0, 0.7, 0.5, 0.38, 0.29, 0.22, 0.17, 0.13, 0.1, 0.07)
+PPO_BETAS = (1.0, 0.78, 0.61, 0.47, 0.36, 0.28, 0.21, 0.16)  # with a learned reward
+GT_BETAS = (1.0, 0.75, 0.57, 0.44, 0.36, 0.31, 0.275, 0.25)  # with the true reward
+ALPHAS = {0.05: 0.33, 0.1: 0.33, 0.5: 0.1, 1.0: 0.1}  # Unlikelihood -> learning rate, times --lr
+GRID = (0.5, 1, 1.5, 2, 3, 4, 6, 8)  # KL at which methods are compared, nats
+WIDE = 1.6  # a factor between neighbouring KLs
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What is run in a world. How rates and PPO's dials were chosen is told in README.md."""
-    settings: dict                      # of train.py, where they differ
-    dpo: dict[float, float]             # beta -> the peak rate, in units of Settings.rate
-    preferred: float                    # the rate, likewise
-    unlikelihood: dict[float, float]    # alpha -> the rate, likewise
-    kl: tuple[float, ...]               # PPO's targets, nats
-    tuning: Tuning
-    reward_rates: tuple[float, ...]     # of AdamW, for the reward model
-    evaluations: int                    # of a run, at even distances, the last at its end
-    grid: tuple[float, ...]             # KL at which frontiers are compared
+class Config(train.Config):
+    """train.py's settings. --beta is the sweep of DPO."""
 
-    def runs(self) -> list[Run]:
-        return [*(dict(method="DPO", beta=beta, rate=rate) for beta, rate in self.dpo.items()),
-                *(dict(method="Preferred-FT", order=seed, rate=self.preferred) for seed in range(3)),
-                *(dict(method="Unlikelihood", alpha=alpha, rate=rate) for alpha, rate in self.unlikelihood.items()),
-                *(dict(method=name, kl=kl, rate=self.tuning.rate) for name in ("PPO", "PPO-GT") for kl in self.kl)]
-
-
-TOY = Sweep(dict(answers=48), dpo={0.05: 10, 0.1: 6, 0.5: 2.4, 1: 1, 2: 0.42, 5: 0.13}, preferred=0.1,
-            unlikelihood={0.05: 0.1, 0.1: 0.1, 0.5: 0.03, 1: 0.03}, kl=(0.5, 1, 2, 3, 6, 9, 12), tuning=Tuning(),
-            reward_rates=(3e-4, 1e-3, 3e-3), evaluations=4, grid=(0.5, 1, 2, 3, 6, 9, 12))
-IMDB = Sweep(train.IMDB | dict(prompts=8_000, answers=24), dpo={0.05: 42, 0.1: 18, 1: 1, 5: 0.13}, preferred=0.3,
-             unlikelihood={0.05: 0.3, 0.1: 0.3, 0.5: 0.1, 1: 0.02}, kl=(3, 6, 9, 12),
-             tuning=Tuning(iterations=40, minibatches=4, rate=1e-4), reward_rates=(1e-4, 3e-4), evaluations=4,
-             grid=(0.5, 1, 2, 3, 6, 9, 12))
+    loss: str = flag("dpo")  # no flag
+    loss_args: tuple = flag(())
+    beta: tuple = flag(BETAS, "DPO's KL penalties", 1e-4, 1e4, imdb=IMDB_BETAS)
+    eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1, 10**4, imdb=24)
+    prompts: int = flag(10_000, "prompts to collect preferences on", 8, 10**7, imdb=8_000)
+    methods: tuple = flag(METHODS, "methods to run", choices=METHODS)
+    ppo_beta: tuple = flag(PPO_BETAS, "KL penalties of PPO", 1e-4, 1e4, imdb=IMDB_BETAS[2:])
+    gt_beta: tuple = flag(GT_BETAS, "KL penalties of PPO-GT", 1e-4, 1e4, imdb=IMDB_BETAS[2:])
+    ppo_iterations: int = flag(40, "PPO iterations", 1, 10**6)
+    ppo_batch: int = flag(256, "responses per PPO iteration", 1, 10**6)
+    ppo_minibatches: int = flag(2, "optimizer steps per epoch over a PPO batch", 1, 10**4, imdb=4)
+    ppo_lr: float = flag(2e-3, "PPO's learning rate", 1e-9, 1.0, imdb=1e-4)
+    ppo_lam: float = flag(0.95, "lambda of the advantages", 0.0, 1.0)
+    ppo_raw: bool = flag(False, "do not whiten the advantages")
+    ppo_warmup: int = flag(0, "iterations in which only the critic learns", 0, 10**6)
+    reward_lr: tuple = flag(
+        (1e-3,), "learning rates of the reward model", 1e-9, 1.0, imdb=(1e-4, 3e-4)
+    )
+    reward_epochs: int = flag(3, "epochs of the reward model", 1, 100)
 
 
-# ----------------------------------------------------------------------------- the methods
-
-def preferred_ft(pi_theta: Tensor, batch: Preferences) -> tuple[Tensor, Tensor, Tensor]:
-    """-log pi_theta(y_w|x): fine-tuning on what was preferred.  As dpo.dpo."""
-    w, l = losses.of_pairs(pi_theta.sum(-1), batch)
-    return -w, w, l
-
-
-def unlikelihood(pi_theta: Tensor, batch: Preferences, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-log pi_theta(y_w|x) + alpha log pi_theta(y_l|x), without a bound below.  The paper's section 6, after Welleck et al.
-    2019.  As dpo.dpo."""
-    w, l = losses.of_pairs(pi_theta.sum(-1), batch)
-    return -w + alpha * l, w, l
-
-
-LOSSES = {"DPO": dpo.dpo, "Preferred-FT": preferred_ft, "Unlikelihood": unlikelihood}
+def ppo_config(cfg: Config, beta: float) -> PPOConfig:
+    """A fixed beta in nats of r*; no target KL."""
+    return PPOConfig(
+        iterations=cfg.ppo_iterations,
+        batch_size=cfg.ppo_batch,
+        minibatches=cfg.ppo_minibatches,
+        lr=cfg.ppo_lr,
+        critic_lr=cfg.ppo_lr,
+        critic_warmup=cfg.ppo_warmup,
+        lam=cfg.ppo_lam,
+        whiten=not cfg.ppo_raw,
+        beta=beta,
+    )
 
 
-def marks(steps: int, evaluations: int) -> set[int]:
-    return {steps * k // evaluations for k in range(1, evaluations + 1)}
+# ------------------------------------------------- losses on pairs
 
 
-def snapshot(pi: GPT, seconds: float, samples: int) -> dict:
-    return dict(weights={name: w.detach().clone().cpu() for name, w in pi.state_dict().items()}, seconds=seconds, samples=samples)
+def preferred_ft(logps: Tensor, batch: Preferences) -> tuple[Tensor, Tensor, Tensor]:
+    """-log pi_theta(y_w|x): fine-tuning on the preferred responses, as a `dpo.Loss`."""
+    logp_w, logp_l, _, _ = pair_logps(logps, batch)
+    return -logp_w, logp_w, logp_l
 
 
-def from_pairs(e: Experiment, run: Run, evaluations: int) -> list[dict]:
-    """Snapshots of a run on the given pairs."""
-    K, made = e.settings.completions, e.stage.seconds["completions"] + e.stage.seconds["scores"]
-    settings = dataclasses.replace(e.settings, seed=e.settings.seed + 1000 * run.get("order", 0))
-    found, began = [], time.perf_counter()
+def unlikelihood(logps: Tensor, batch: Preferences, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-log pi_theta(y_w|x) + alpha log pi_theta(y_l|x), as a `dpo.Loss`.
 
-    def watch(pi_theta: GPT, step: int, steps: int):
-        if step in marks(steps, evaluations):
-            found.append(snapshot(pi_theta, time.perf_counter() - began + made * step / steps,
-                                  K * len(e.preferences.ids) * step // steps))
-    loss = partial(LOSSES[run["method"]], **{name: run[name] for name in ("beta", "alpha") if name in run})
-    train.optimise(e.pi_ref, e.preferences, loss, run["rate"] * settings.rate, settings, name_of(run), watch)
-    return found
+    Section 6 of the paper, after Welleck et al. 2019. The loss has no lower bound.
+    """
+    logp_w, logp_l, _, _ = pair_logps(logps, batch)
+    return -logp_w + alpha * logp_l, logp_w, logp_l
 
 
-def from_samples(e: Experiment, run: Run, reward: Reward, critic: Scalar, tuning: Tuning, evaluations: int, spent: dict
-                 ) -> list[dict]:
-    """Snapshots of a run of PPO; `spent` are the seconds and samples that its reward cost."""
-    found, began = [], time.perf_counter()
-    bar = train.tqdm(ppo.ppo(e.pi_ref, critic, prompts_in(e.preferences), reward, e.tokenizer.eot_token, run["kl"],
-                             dataclasses.replace(tuning, rate=run["rate"]), e.settings.seed), total=tuning.iterations, desc=name_of(run))
-    for i, (pi_theta, seen) in enumerate(bar, 1):
-        bar.set_postfix_str("reward {reward:.2f}, KL {kl:.2f}, beta {beta:.3f}".format(**seen))
-        if i in marks(tuning.iterations, evaluations):
-            found.append(snapshot(pi_theta, time.perf_counter() - began + spent["seconds"], i * tuning.batch + spent["samples"]))
-    return found
+# ------------------------------------------------- PPO and its rewards
 
 
-def name_of(run: Run) -> str:
-    return ", ".join([run["method"], *(f"{name} {value:g}" for name, value in run.items() if name not in ("method", "rate"))])
+def fit_reward(
+    reference: dict,
+    preferences: Preferences,
+    lrs: tuple[float, ...],
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+) -> dict:
+    """The weights of r_phi (Eq. 2), and the held-out accuracies by which they were chosen."""
+    pi_ref = load_gpt(reference, device)
+    r_phi, evaluations = ppo.fit_reward(pi_ref, preferences, lrs, batch_size, seed, epochs)
+    weights = {name: w.cpu() for name, w in r_phi.state_dict().items()}
+    return {"weights": weights, "evaluations": evaluations}
 
 
-def normalised(reward: Reward, e: Experiment, prompts: int = 1000) -> Reward:
-    """The reward with mean 0 and deviation 1 over pi_ref's completions of the first prompts."""
-    some = e.preferences[torch.arange(min(prompts, len(e.preferences.ids)))]
-    real = some.mask.any(-1)
-    pairs = [(ids[:start], ids[start:end]) for ids, start, end in zip(
-        some.ids[real].tolist(), some.mask[real].int().argmax(-1).tolist(),
-        (some.mask[real] * torch.arange(1, some.mask.size(-1) + 1)).amax(-1).tolist())]
-    r = torch.cat([reward(*zip(*part)) for part in train.in_groups(pairs, 256)])
-    mean, deviation = r.mean(), r.std()
-    return lambda xs, ys: (reward(xs, ys) - mean) / deviation
+def load_reward(model: dict, reference: dict, device: torch.device) -> ValueModel:
+    r_phi = ValueModel(load_gpt(reference, device)).requires_grad_(False)
+    r_phi.load_state_dict(model["weights"])
+    return r_phi
 
 
-# ----------------------------------------------------------------------------- frontiers, and the paper's claims
-
-def hull(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """The concave hull of points (KL, reward), as far as it rises: what a mixture of them reaches for its KL."""
-    kept: list[tuple[float, float]] = []
-    for x, y in sorted(points):
-        while kept and (y >= kept[-1][1] and x == kept[-1][0] or len(kept) > 1 and
-                        (kept[-1][1] - kept[-2][1]) * (x - kept[-2][0]) <= (y - kept[-2][1]) * (kept[-1][0] - kept[-2][0])):
-            kept.pop()
-        if not kept or y > kept[-1][1]:
-            kept.append((x, y))
-    xs, ys = zip(*kept)
-    return np.array(xs), np.array(ys)
+def reward_accuracy(
+    model: dict, reference: dict, held_out: Preferences, device: torch.device
+) -> float:
+    """The share of held-out pairs that r_phi orders as labelled."""
+    return ppo.pair_accuracy(load_reward(model, reference, device), held_out)
 
 
-def frontier_at(run: dict, method: str, kl: float) -> tuple[float | None, str]:
-    """The reward on a method's frontier at no more than this KL, None where the optimum cannot be told; and the brackets to put
-    it in: () where no point of the method goes so far, [] where all go further, so that a chord from pi_ref stands there."""
-    start = 0.0, run["reference"]["reward"]
-    points = [(p["kl"], p["reward"]) for p in run["points"] if p["method"] == method]
+def learned(model: dict, reference: dict, device: torch.device) -> tuple[Reward, ValueModel]:
+    """r_phi, which is also the first critic."""
+    r_phi = load_reward(model, reference, device)
+    return ppo.reward_of(r_phi), r_phi
+
+
+def given(dataset: Dataset, reference: dict, device: torch.device) -> tuple[Reward, ValueModel]:
+    """r*, and a critic that starts at 0."""
+    return common.true_reward(dataset, reference), ValueModel(load_gpt(reference, device))
+
+
+def train_ppo(
+    make_reward,
+    source: object,
+    reference: dict,
+    preferences: Preferences,
+    config: PPOConfig,
+    seed: int,
+    device: torch.device,
+) -> dict:
+    """PPO from pi_ref on the prompts of the preferences. Returns its checkpoint, with "curves".
+
+    make_reward: (source, reference, device) -> reward and critic. The reward is scaled to mean 0
+    and variance 1 under pi_ref, and so is beta: config.beta is in nats of r, as in Eq. 3.
+    """
+    pi_ref = load_gpt(reference, device).requires_grad_(False)
+    end = load_tokenizer(reference["tokens"]).eot_token
+    reward, critic = make_reward(source, reference, device)
+    r = torch.cat([reward(*rows) for rows in some_rows(preferences)])
+    mean, std = r.mean(), r.std()
+
+    def scaled(ids: Tensor, mask: Tensor) -> Tensor:
+        return (reward(ids, mask) - mean) / std
+
+    prompts = common.prompts_of(preferences)
+    config = replace(config, beta=config.beta / std.item())
+    steps = ppo.ppo(pi_ref, critic, prompts, scaled, end, config, seed)
+    curves = []
+    for pi_theta, metrics in tqdm(steps, "PPO", config.iterations):  # noqa: B007
+        curves.append(metrics)
+    if not all(p.isfinite().all() for p in pi_theta.parameters()):
+        raise BadInput("PPO diverged: lower --ppo-lr")
+    return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
+
+
+def some_rows(preferences: Preferences) -> list[tuple[Tensor, Tensor]]:
+    """2,000 completions of pi_ref, in batches."""
+    ids, mask = preferences.ids[:2000], preferences.mask[:2000]
+    return list(zip(ids.split(250), mask.split(250), strict=True))
+
+
+# ------------------------------------------------- the sweep
+
+
+def runs_on_pairs(cfg: Config) -> list[dict]:
+    """Method, setting, loss, and learning rate in units of --lr, of each run on pairs."""
+    runs = [
+        {"method": "DPO", "beta": beta, "loss": partial(dpo.dpo, beta=beta), "lr": beta**-1.25}
+        for beta in cfg.beta
+    ]
+    runs.append({"method": "Preferred-FT", "loss": preferred_ft, "lr": 0.33})
+    for alpha, lr in ALPHAS.items():
+        loss = partial(unlikelihood, alpha=alpha)
+        runs.append({"method": "Unlikelihood", "alpha": alpha, "loss": loss, "lr": lr})
+    return [run for run in runs if run["method"] in cfg.methods]
+
+
+def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict] | None:
+    """All runs. Returns results.json and the figure."""
+    e = common.prepare(cfg, stage, device)
+    points = []
+    for one in runs_on_pairs(cfg):
+        loss, lr = one.pop("loss"), one.pop("lr")
+        name = name_of(one)
+        policy = common.train_on_pairs(stage, name, e, e.preferences, loss, lr)
+        points.append((one, name, common.evaluated(stage, name, e, policy)))
+    reward_model, accuracy = None, None
+    if "PPO" in cfg.methods:
+        args = cfg.reward_lr, cfg.batch_size, cfg.reward_epochs, cfg.seed, device
+        reward_model = stage("reward-model", fit_reward, e.reference, e.preferences, *args)
+        args = reward_model, e.reference, e.eval_set.pairs, device
+        accuracy = stage("reward-accuracy", reward_accuracy, *args)
+    rewards = {
+        "PPO": (learned, reward_model, cfg.ppo_beta),
+        "PPO-GT": (given, e.dataset, cfg.gt_beta),
+    }
+    for method in (name for name in rewards if name in cfg.methods):
+        make_reward, source, betas = rewards[method]
+        for beta in betas:
+            one = {"method": method, "beta": beta}
+            name, args = name_of(one), (e.reference, e.preferences, ppo_config(cfg, beta))
+            policy = stage(name, train_ppo, make_reward, source, *args, cfg.seed, device)
+            points.append((one, name, common.evaluated(stage, name, e, policy)))
+    if stage.plan:
+        return None
+    rows = [one | cost(one, name, e, stage) | common.kept(p) for one, name, p in points]
+    results = common.about(e) | {"grid": GRID, "points": rows}
+    results["reward_model"] = {"pair_accuracy": accuracy}
+    if reward_model:
+        results["reward_model"]["evaluations"] = reward_model["evaluations"]
+    return results, {"figure.png": draw(results)}
+
+
+def name_of(one: dict) -> str:
+    """A stage's name, for instance dpo-0.5."""
+    method, *setting = one.values()
+    return "-".join(["figure2", method.lower(), *(f"{value:g}" for value in setting)])
+
+
+def cost(one: dict, name: str, e: Experiment, stage: Stage) -> dict[str, float]:
+    """Responses that were sampled for a run, and seconds of sampling, scoring and training."""
+    made = e.completions[0].size(0) if one["method"] != "PPO-GT" else 0
+    seconds = stage.seconds[name] + (stage.seconds["completions"] if made else 0.0)
+    if one["method"] == "PPO":
+        seconds += stage.seconds["reward-model"]
+    drawn = e.cfg.ppo_iterations * e.cfg.ppo_batch if one["method"].startswith("PPO") else 0
+    return {"samples": made + drawn, "seconds": round(seconds, 1)}
+
+
+# ------------------------------------------------- curves and claims
+
+
+def curve(run: dict, method: str, y: str) -> list[tuple[float, float]]:
+    """(KL, y) of pi_ref and of a method's runs, in the order of KL."""
+    rows = [p for p in run["points"] if p["method"] == method]
     if method == "optimum":
-        points = [(f["kl"], f["reward"]) for f in run["frontier"] if f["trusted"]]
+        rows = [row for row in run["optimum"] if row["reliable"]]
     if method == "best of N":
-        points = [(b["kl_bound"], b["reward"]) for b in run["best_of_n"]]
-    nearest, farthest = (of([x for x, _ in points], default=0.0) for of in (min, max))
-    if method == "optimum" and kl > farthest:
-        return None, ""
-    return float(np.interp(kl, *hull([start, *points]))), "()" if kl > farthest else "[]" if kl < nearest else ""
+        rows = run["best_of_n"][1:]
+    start = 0.0 if y == "gain" else run["reference"][y]
+    return [(0.0, start), *sorted((row["kl"], row[y]) for row in rows)]
 
 
-CLAIMS = {  # the paper's, of DPO's frontier against another's: which, and at how many of the grid's KLs
-    "DPO lies above PPO": ("PPO", None), "DPO lies above PPO-GT": ("PPO-GT", None),
-    "DPO lies above PPO at low KL": ("PPO", 2), "DPO lies above PPO-GT at low KL": ("PPO-GT", 2),
-    "Preferred-FT lies below DPO": ("Preferred-FT", None), "Unlikelihood lies below DPO": ("Unlikelihood", None)}
+def value_at(run: dict, method: str, y: str, kl: float) -> tuple[float | None, bool]:
+    """y of a method at this KL, and whether it is measured: not interpolated over a wide hole.
+
+    None where no run of the method goes so far. The optimum has no holes.
+    """
+    xs, ys = zip(*curve(run, method, y), strict=True)
+    i = int(np.searchsorted(xs, kl))
+    if i == len(xs):
+        return None, False
+    measured = method == "optimum" or xs[i] == kl or xs[i] <= WIDE * xs[max(i - 1, 0)]
+    return float(np.interp(kl, xs, ys)), measured
 
 
-def verdict(differences: list[list[float]]) -> str:
-    """Of DPO less another, a list over runs for each KL. Seen: above 0 at every KL by two standard errors over the runs, or, of
-    one run, above 0; reversed: below 0 likewise; mixed: neither."""
-    signs = set()
-    for d in differences:
-        margin = 2 * np.std(d, ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0.0
-        signs.add(0 if abs(np.mean(d)) <= margin else int(np.sign(np.mean(d))))
-    return {frozenset({1}): "seen", frozenset({-1}): "reversed"}.get(frozenset(signs), "mixed")
+CLAIMS = {  # the paper's claim: (the other method, the KLs at which DPO is compared with it)
+    "DPO's frontier lies above PPO's": ("PPO", GRID),
+    "DPO's frontier lies above PPO-GT's": ("PPO-GT", GRID),
+    "DPO gains more than PPO at low KL": ("PPO", (0.5, 1)),
+    "DPO gains more than PPO-GT at low KL": ("PPO-GT", (0.5, 1)),
+}
+REACH = {
+    "Preferred-FT reaches less reward than DPO": "Preferred-FT",
+    "Unlikelihood reaches less reward than DPO": "Unlikelihood",
+}
 
 
-def summary(runs: list[dict]) -> str:
-    """Markdown: each method's frontier at no more than each KL of the grid, in the brackets that any run asks for; each claim's
-    differences and verdict. Mean and, over several runs, standard deviation.
-    Errors: BadInput if the runs are not of the same sweep."""
-    if any((run["grid"], run["runs"]) != (runs[0]["grid"], runs[0]["runs"]) for run in runs):
-        raise files.BadInput("these runs are not of the same sweep")
-    grid, methods = runs[0]["grid"], dict.fromkeys(run["method"] for run in runs[0]["runs"])
-
-    def rewards(method: str, kl: float) -> tuple[list[float | None], str]:
-        each, brackets = zip(*(frontier_at(run, method, kl) for run in runs))
-        return list(each), max(brackets)
-    head = "".join(f" {kl:g} |" for kl in grid)
-    lines = [f"| reward at a KL of |{head}", "|---" * (1 + len(grid)) + "|"]
-    for method in ("optimum", "best of N", *methods):
-        cells = [around[:1] + cell(each) + around[1:] for each, around in (rewards(method, kl) for kl in grid)]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += ["", f"| claim; DPO's reward less the other's at |{head} |", "|---" * (2 + len(grid)) + "|"]
-    for claim, (other, first) in CLAIMS.items():
-        if {other, "DPO"} <= methods.keys():
-            less = [[a - b for a, b in zip(rewards("DPO", kl)[0], rewards(other, kl)[0])] for kl in grid[:first]]
-            lines.append(f"| {claim} | " + " | ".join([*map(cell, less)] + [""] * (len(grid) - len(less))) + f" | {verdict(less)} |")
-    return "\n".join(lines)
+def difference(run: dict, other: str, y: str, kl: float) -> float | None:
+    """DPO's value less another's at one KL, or None where one of them is not measured."""
+    (a, a_measured), (b, b_measured) = (value_at(run, m, y, kl) for m in ("DPO", other))
+    return a - b if a_measured and b_measured else None
 
 
-# ----------------------------------------------------------------------------- the figure
-
-LOOK = {"DPO": ("o", report.THETA), "PPO-GT": ("^", "0.1"), "PPO": ("s", "#7b5aa6"), "Unlikelihood": ("v", "#4d9221"),
-        "Preferred-FT": ("P", "0.55")}
+def largest(run: dict, method: str, y: str) -> float:
+    return max(p[y] for p in run["points"] if p["method"] == method)
 
 
-def draw_figure(results: dict, title: str) -> bytes:
-    """A PNG. Left: every evaluation, large at a run's end; each method's frontier; the optimum behind; KL on a scale of square
-    roots, on which the optimum begins as a straight line. Right: reward against what it cost, each line a run."""
-    fig = report.new_figure(12, 6.2)
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter      # once new_figure has said where its cache is
-    grid = fig.add_gridspec(2, 2, width_ratios=(1.9, 1))
-    ax, by_seconds, by_samples = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
-    r_ref, points = results["reference"]["reward"], results["points"]
-    trusted = [(f["kl"], f["reward"]) for f in results["frontier"] if f["trusted"]]
-    ax.plot(*zip((0, r_ref), *trusted), color="0.25", lw=2.5, label="the best of all policies (Eq. 4)")
-    ax.plot(*zip(*[(b["kl_bound"], b["reward"]) for b in results["best_of_n"]]), "D-", mfc="white", color="0.4", ms=4, lw=1,
-            label="best of N, at an upper bound on its KL")
-    for method, (marker, color) in LOOK.items():
-        if not (own := [p for p in points if p["method"] == method]):
+def claim_rows(runs: list[dict]) -> list[list[str]]:
+    """The paper's claims: the difference at each KL, its mean over these KLs, and the verdict."""
+    methods = {p["method"] for p in runs[0]["points"]}
+    grid, rows = runs[0]["grid"], []
+    for claim, (other, kls) in CLAIMS.items():
+        if not {other, "DPO"} <= methods:
             continue
-        for last, size, alpha in ((False, 3.5, 0.45), (True, 8, 0.9)):
-            some = [p for p in own if p["last"] == last]
-            ax.plot([p["kl"] for p in some], [p["reward"] for p in some], marker, color=color, ms=size, alpha=alpha, mec="white",
-                    mew=0.5, label=method if last else None)
-        xs, ys = hull([(0, r_ref), *((p["kl"], p["reward"]) for p in own)])
-        dense = np.linspace(0, np.sqrt(xs[-1]), 200) ** 2
-        ax.plot(dense, np.interp(dense, xs, ys), "-", color=color, lw=1)
-        for run in dict.fromkeys(p["run"] for p in own):
-            line = [p for p in own if p["run"] == run]
-            for small, what in ((by_seconds, "seconds"), (by_samples, "samples")):
-                small.plot([p[what] for p in line], [p["reward"] for p in line], marker + "-", color=color, ms=3, lw=0.8, alpha=0.8)
-    ax.plot(0, r_ref, "D", color=report.REF, ms=8, label=r"$\pi_\mathrm{ref}$")
-    right = 1.2 * results["grid"][-1]
-    rewards = [r_ref, *(p["reward"] for p in points if p["kl"] < right)]
-    ax.set_xscale("function", functions=(np.sqrt, np.square))
-    ax.set(xlim=(0, right), ylim=(min(rewards) - 0.1, 1.05 * max(rewards) + 0.1), title=title, xticks=(0, 0.1, *results["grid"]),
-           xlabel=r"KL($\pi_\theta$, $\pi_\mathrm{ref}$), nats per response, square roots", ylabel="mean true reward, nats")
-    for small, what in ((by_seconds, "seconds of drawing, scoring and training"), (by_samples, "responses drawn")):
-        small.axhline(r_ref, color=report.REF, lw=1)
-        small.set(xscale="log", xlabel=what, ylabel="reward", ylim=ax.get_ylim())
-        small.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        small.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        small.xaxis.set_minor_formatter(NullFormatter())
-    ax.legend(loc="upper left", frameon=False, fontsize="small")
-    return report.png(fig)
+        at = {kl: [difference(run, other, "gain", kl) for run in runs] for kl in grid}
+        cells = [common.cell(at[kl]) if kl in kls else "" for kl in grid]
+        rows.append([claim, *cells, *mean_differences(runs, other, kls)])
+    for claim, other in REACH.items():
+        if {other, "DPO"} <= methods:
+            found = [largest(run, "DPO", "gain") - largest(run, other, "gain") for run in runs]
+            cells = [""] * len(grid)
+            rows.append([claim, *cells, common.interval_cell(found), "", common.verdict(found)])
+    return rows
 
 
-# ----------------------------------------------------------------------------- the sweep
-
-def run(sweep: Sweep, settings: Settings, methods: list[str], out: Path, device: torch.device) -> dict:
-    """`train.prepare`, the reward model, then every run and each of its evaluations, a stage each; results, table, figure."""
-    e = train.prepare(settings, out, device)
-    e.stage.known |= dict(rates=sweep.reward_rates, evaluations=sweep.evaluations, tuning=sweep.tuning, on_samples=sources(
-        ppo, from_samples, snapshot, marks, normalised, batches), on_pairs=sources(from_pairs, snapshot, marks, *LOSSES.values()))
-    learned = e.stage("reward_model", "scores batch seed on_samples dpo.py model.py rates", lambda: fit(e, sweep.reward_rates))
-    r_phi = Scalar(e.pi_ref).requires_grad_(False)
-    r_phi.load_state_dict(learned["weights"])
-    rewards = {"PPO": (ppo.reward_of(r_phi), r_phi, dict(
-                   seconds=e.stage.seconds["completions"] + e.stage.seconds["reward_model"],
-                   samples=settings.completions * len(e.preferences.ids))),
-               "PPO-GT": (true_reward(e), Scalar(e.pi_ref), dict(seconds=0.0, samples=0))}
-
-    def make(one: Run) -> list[dict]:
-        if one["method"] in LOSSES:
-            return from_pairs(e, one, sweep.evaluations)
-        reward, critic, spent = rewards[one["method"]]
-        return from_samples(e, one, normalised(reward, e), critic, sweep.tuning, sweep.evaluations, spent)
-    runs, points = [one for one in sweep.runs() if one["method"] in methods], []
-    for one in runs:
-        name, e.stage.known["run"] = re.sub("[^a-z0-9.]+", "-", name_of(one).lower()), one
-        needs = f"on_pairs batch {train.TRAINS}" if one["method"] in LOSSES else "on_samples reward_model tuning"
-        kept = e.stage(name, f"run evaluations scores rate seed dpo.py model.py {needs}", lambda: make(one))
-        for k, found in enumerate(kept, 1):
-            pi_theta = checkpoints.load(dict(config=dataclasses.asdict(e.pi_ref.config), weights=found["weights"]), device)
-            seen = e.stage(
-                f"{name}-{k}", f"{name} held_out answers seed {train.JUDGES}",
-                lambda: train.evaluate(e, pi_theta.requires_grad_(False), 1.0, f"{name_of(one)}, {k} of {len(kept)}"))["point"]
-            points.append(dict(run=name_of(one), method=one["method"], part=k / len(kept), last=k == len(kept),
-                               seconds=found["seconds"], samples=found["samples"]) | {key: seen[key] for key in KEPT})
-    r = e.held["rewards"]["reward"]
-    results = dict(
-        config=config(settings), grid=sweep.grid, runs=runs, tuning=dataclasses.asdict(sweep.tuning), device=str(device),
-        bf16=e.pi_ref.bf16, seconds=e.stage.seconds, labels=e.counts,
-        reference=dict(reward=r.mean().item(), length=e.held["lengths"].double().mean().item()),
-        reward_model=dict(looked=learned["looked"], pair_accuracy=learned["pair_accuracy"]),
-        frontier=estimates.along(e.curve), best_of_n=estimates.best_of_each_n(r), points=points)
-    files.write(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    files.write(out / "table.md", (summary([results]) + "\n").encode())
-    files.write(out / "figure.png", draw_figure(
-        results, f"{settings.data}, {settings.labels} labels, {e.counts['pairs']:,} pairs, seed {settings.seed}"))
-    return results
+def mean_differences(runs: list[dict], other: str, kls: tuple) -> list[str]:
+    """Intervals of the mean difference, over the KLs that are measured in all seeds."""
+    cells, said = [], ""
+    for y in ("gain", "p_positive"):
+        at = [[difference(run, other, y, kl) for run in runs] for kl in kls]
+        at = [values for values in at if None not in values]
+        means = np.mean(at, 0).tolist() if at else []
+        cells.append(common.interval_cell(means))
+        said = said or (common.verdict(means) if means else "not measured")
+    return [*cells, said]
 
 
-KEPT = "reward reward_se kl kl_se kl_median win_rate fraction_of_optimal fraction_of_optimal_se length pair_accuracy".split()
+def table(runs: list[dict]) -> str:
+    """Markdown: gain, P(positive) and length at each KL, the claims, and each run at its end.
+
+    Mean and standard deviation over seeds. Raises BadInput if the runs are not of the same sweep.
+    """
+    swept = [[name_of(setting_of(p)) for p in run["points"]] for run in runs]
+    if any(each != swept[0] for each in swept) or any(r["grid"] != runs[0]["grid"] for r in runs):
+        raise BadInput("these runs are not of the same sweep")
+    grid = runs[0]["grid"]
+    methods = ("optimum", "best of N", *dict.fromkeys(p["method"] for p in runs[0]["points"]))
+    tables = []
+    for y, title in (("gain", "gain, nats"), ("p_positive", "P(positive)"), ("length", "tokens")):
+        head = [f"{title} at a KL of", *(f"{kl:g}" for kl in grid)]
+        rows = [[m, *(entry(runs, m, y, kl) for kl in grid)] for m in methods]
+        tables.append(common.markdown(head, rows))
+    head = ["claim: DPO less the other, nats, at", *(f"{kl:g}" for kl in grid)]
+    head += ["mean gain, 95 %", "mean P(positive), 95 %", "verdict"]
+    tables.append(common.markdown(head, claim_rows(runs)))
+    tables.append(common.markdown(["run", *COLUMNS.values()], end_rows(runs)))
+    return "\n\n".join(tables)
 
 
-def sources(*of) -> str:
-    return "".join(inspect.getsource(each) for each in of)
+def entry(runs: list[dict], method: str, y: str, kl: float) -> str:
+    """One cell; in brackets if a seed is interpolated over a wide hole."""
+    found = [value_at(run, method, y, kl) for run in runs]
+    text = common.cell([value for value, _ in found], 1 if y == "length" else 2)
+    return text if text == "-" or all(measured for _, measured in found) else f"[{text}]"
 
 
-def true_reward(e: Experiment) -> Reward:
-    return lambda xs, ys: e.rewards_of["reward"]([data.text_of(x + y, e.tokenizer) for x, y in zip(xs, ys)])
+COLUMNS = {
+    "kl": "KL",
+    "gain": "gain",
+    "p_positive": "P(positive)",
+    "length": "length",
+    "win_rate": "win rate",
+    "pair_accuracy": "pair accuracy",
+    "fraction_of_optimal": "fraction",
+    "samples": "responses sampled",
+    "seconds": "seconds",
+}
 
 
-def fit(e: Experiment, rates: tuple[float, ...]) -> dict:
-    """The reward model, and how it orders the held-out pairs, beside DPO's implicit reward in each point."""
-    r_phi, looked = ppo.fit_reward(e.pi_ref, e.preferences, rates, e.settings.batch, e.settings.seed)
-    return dict(weights=r_phi.state_dict(), looked=looked, pair_accuracy=ppo.accuracy(r_phi, e.held_pairs))
+def setting_of(point: dict) -> dict:
+    names = ("method", "beta", "alpha")
+    return {name: point[name] for name in names if name in point}
+
+
+def end_rows(runs: list[dict]) -> list[list[str]]:
+    rows = []
+    for points in zip(*(run["points"] for run in runs), strict=True):
+        method, *rest = setting_of(points[0]).items()
+        name = ", ".join([method[1], *(f"{key} {value:g}" for key, value in rest)])
+        cells = [common.cell([p[key] for p in points], digits(key)) for key in COLUMNS]
+        rows.append([name, *cells])
+    return rows
+
+
+def digits(column: str) -> int:
+    return 0 if column in ("samples", "seconds") else 1 if column == "length" else 2
+
+
+# ------------------------------------------------- the figure
+
+LOOK = {
+    "DPO": ("o", ORANGE),
+    "PPO-GT": ("^", "0.1"),
+    "PPO": ("s", "#7b5aa6"),
+    "Unlikelihood": ("v", "#4d9221"),
+    "Preferred-FT": ("P", "0.55"),
+}
+PAPER = {"DPO": [(2.5, 0.9), (5, 1.0)], "PPO": [(2, 0.53), (11, 0.92)]}  # approximate readings
+
+
+def draw(results: dict) -> Figure:
+    """Left: gain against KL. Right: P(positive), with the paper's own readings on IMDb."""
+    figure = Figure((11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    limit = 1.1 * max(p["kl"] for p in results["points"] if p["method"] in ("DPO", "PPO-GT", "PPO"))
+    for ax, y in ((left, "gain"), (right, "p_positive")):
+        common.draw_optimum(ax, results, y, limit)
+        draw_methods(ax, results, y)
+        shown = [p[y] for p in results["points"] if p["kl"] <= limit]
+        margin = 0.08 * (max(shown) - min(shown)) or 1
+        ax.set(xlim=(-0.02 * limit, limit), ylim=(min(shown) - margin, max(shown) + margin))
+        ax.set(xlabel=r"KL($\pi_\theta$, $\pi_{ref}$), nats per response")
+    left.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
+    right.set(ylabel="P(positive), mean of sigmoid(r*)")
+    if results["config"]["data"] == "imdb":
+        draw_paper(right)
+    left.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
+    left.plot([], [], "s:", color="0.55", ms=3, label="best of N, at a bound on its KL")
+    left.legend(loc="lower right", frameon=False)
+    cfg, n = results["config"], results["labels"]["pairs"]
+    figure.suptitle(f"{cfg['data']}, {cfg['labels']} labels, {n:,} pairs, seed {cfg['seed']}")
+    return figure
+
+
+def draw_methods(ax, results: dict, y: str):
+    """Each run as a point; lines join neighbours, except across a wide hole."""
+    ends = []
+    for method, (marker, color) in LOOK.items():
+        points = curve(results, method, y)[1:]
+        if not points:
+            continue
+        xs, ys = map(list, zip(*points, strict=True))
+        ax.plot(xs, ys, marker, color=color, ms=5)
+        for a, b in pairwise(points):
+            if b[0] <= WIDE * a[0]:
+                ax.plot(*zip(a, b, strict=True), color=color, lw=1)
+        ends.append((ys[-1], xs[-1], method, color))
+    lowest = -np.inf
+    low, high = min(e[0] for e in ends), max(e[0] for e in ends)
+    for y_end, x_end, method, color in sorted(ends):  # labels keep a distance
+        lowest = max(y_end, lowest + 0.05 * (high - low))
+        common.label(ax, method, x_end, lowest, color, xytext=(7, 0))
+
+
+def draw_paper(ax):
+    """The paper's own readings, as hollow points."""
+    for method, points in PAPER.items():
+        marker, color = LOOK[method]
+        ax.plot(*zip(*points, strict=True), marker, mfc="none", mec=color, ms=9)
+        common.label(ax, f"{method}, paper (approximate)", *points[0], color, xytext=(8, -8))
 
 
 def main(argv: list[str]) -> int:
-    parser = parser_for("figure2.py", __doc__)
-    add = parser.add_argument
-    add("--data", choices=("toy", "imdb"), default="toy", help="the grammar's reviews (default), or IMDb's, which take an hour")
-    add("--imdb", metavar="PATH", help="the IMDb archive or its unpacked folder; if not given, it is downloaded once (84 MB)")
-    add("--labels", choices=("bt", "argmax"), help="drawn from Bradley-Terry (default), or the paper's")
-    add("--methods", nargs="+", choices=LOOK, default=[*LOOK], metavar="NAME", help="of " + ", ".join(LOOK) + " (all)")
-    add("--iterations", type=terminal.between(1, 10 ** 6, int), metavar="N", help="of PPO")
-    add("--summary", type=Path, nargs="+", metavar="DIR", help="print the table over these runs, and stop")
-    args = parser.parse_args(argv)
-    if args.imdb and args.data != "imdb":
-        parser.error("--imdb PATH needs --data imdb")
-    if args.summary:
-        try:
-            print(summary([read_results(folder) for folder in args.summary]))
-        except files.BadInput as e:
-            parser.error(str(e))
-        return 0
-    sweep = IMDB if args.data == "imdb" else TOY
-    if args.iterations:
-        sweep = dataclasses.replace(sweep, tuning=dataclasses.replace(sweep.tuning, iterations=args.iterations))
-    settings = settings_from(args, sweep.settings)
-    return terminal.exit_code("figure2.py", args.out, lambda: summary([run(sweep, settings, args.methods, args.out, args.device)]))
-
-
-def read_results(folder: Path) -> dict:
-    with files.reading(folder / "results.json", "results of this sweep"):
-        found = json.loads((folder / "results.json").read_bytes())
-        summary([found])
-        return found
+    return common.command("figure2.py", __doc__, Config, argv, run, table)
 
 
 if __name__ == "__main__":

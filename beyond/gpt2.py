@@ -1,197 +1,318 @@
-"""GPT-2's published checkpoints made ours, and ours made folders that transformers loads as GPT2LMHeadModel.
+"""Convert GPT-2 checkpoints between the published layout and the one of this project.
 
-    python -m beyond.gpt2 IN OUT
+    python -m beyond.gpt2 gpt2 --out gpt2.pt        download (once), verify and convert
+    python -m beyond.gpt2 FOLDER --out gpt2.pt      config.json and model.safetensors or
+                                                    pytorch_model.bin -> checkpoint
+    python -m beyond.gpt2 out/dpo-1.pt --out NEW    checkpoint -> folder, for transformers
 
-    IN                                                          OUT
-    a folder: config.json, and the weights in pytorch_model.bin,
-    model.safetensors, or the shards that either's index lists  a checkpoint, for `python train.py --init OUT`
-    a checkpoint: reference.pt or dpo-BETA.pt of a run          a folder: config.json, and model.safetensors where the
-                                                                library safetensors is installed, else pytorch_model.bin
+Then: python train.py --init gpt2.pt. The names are gpt2, gpt2-medium, gpt2-large and gpt2-xl.
 
-The weights have one name in both, and one difference: GPT-2's Conv1D keeps a block's matrices as (in, out), nn.Linear as
-(out, in). Published names may begin with `transformer.`; `lm_head.weight` may be there if it is `wte.weight`; causal masks
-(`attn.bias`, `attn.masked_bias`) are left out. float16 and bfloat16 become float32. All four sizes do, and fine-tuned models
-whose config.json asks for the same function; what asks for another is refused.
+The environment variable HF_ENDPOINT changes the hub's address. The hub could not be reached while
+this was developed: downloading was tested against a local server with the same layout, headers
+and failures only.
 
-What this file does not do: convert tokenizers. A published model is taken to use GPT-2's encoding; a checkpoint with a learned
-one becomes a folder of weights alone, which reads this project's ids. And nothing from IN is ever executed.
+Both layouts have the same weights, except that GPT-2 keeps the matrices of its blocks transposed.
+What this file leaves out: tokenizers (a published model uses GPT-2's encoding), and weights that
+are split over several files.
 """
+
 import argparse
+import hashlib
+import http.client
 import json
 import os
-import secrets
+import re
 import shutil
 import sys
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from kit import checkpoints, terminal, tokens
-from kit.files import BadInput, reading
+from lib import cli
+from lib.checkpoint import read_checkpoint, to_checkpoint
+from lib.io import BadInput, atomic_write, cache_dir, file_lock, open_user_file
 from model import GPT, GPTConfig
 
-PUBLISHED = {size: GPTConfig(50257, 1024, n_layer, n_head, n_embd) for size, n_layer, n_head, n_embd in (
-    ("124M", 12, 12, 768), ("355M", 24, 16, 1024), ("774M", 36, 20, 1280), ("1558M", 48, 25, 1600))}
-SIZES = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-FUNCTION = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None, scale_attn_weights=True,
-                scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)     # model.py's
+PUBLISHED = {
+    "gpt2": GPTConfig(50257, 1024, 12, 12, 768),
+    "gpt2-medium": GPTConfig(50257, 1024, 24, 16, 1024),
+    "gpt2-large": GPTConfig(50257, 1024, 36, 20, 1280),
+    "gpt2-xl": GPTConfig(50257, 1024, 48, 25, 1600),
+}
+SIZES = {  # our name: the name in config.json
+    "vocab_size": "vocab_size",
+    "context": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+FUNCTION = {  # settings of config.json under which GPT-2 computes what model.py computes
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Buffers of old releases, and the output matrix, which is wte.weight.
+IGNORED = re.compile(r".*\.attn\.(masked_)?bias|lm_head\.weight")
 
 
-def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From (in, out) to (out, in) or back, in float32. It empties its argument, so that only one weight is held twice."""
-    return {name: (w.T if w.ndim == 2 and name.startswith("h.") else w).float().contiguous()
-            for name in list(weights) for w in [weights.pop(name)]}
+# ------------------------------------------------- download
 
 
-# ----------------------------------------------------------------------------- published -> ours
+class KeepHeaders(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and keeps the headers of the hub, which its CDN does not send."""
+
+    def __init__(self):
+        self.linked: dict[str, str] = {}
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        self.keep(headers)
+        return super().redirect_request(request, response, code, message, headers, url)
+
+    def keep(self, headers):
+        for name in ("X-Linked-Size", "X-Linked-ETag"):
+            if headers[name]:
+                self.linked.setdefault(name, headers[name])
+
+
+def fetch(url: str, path: Path):
+    """Download `url` to `path`, or the rest of it, and verify size and checksum. Raises BadInput.
+
+    What has arrived is kept in PATH.part, so that the next call continues there.
+    """
+    part = path.with_name(f"{path.name}.part")
+    have = part.stat().st_size if part.exists() else 0
+    headers = KeepHeaders()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.build_opener(headers).open(request, timeout=60) as response:
+            headers.keep(response.headers)
+            if response.status != 206:  # the server sends everything
+                have = 0
+            size, checksum = promised(response.headers, headers.linked, have)
+            write_part(response, part, have, size)
+    except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "code", None) == 416:  # the part is longer than the file
+            part.unlink()
+        raise BadInput(f"{url}: download failed ({e}); repeat the command to continue") from e
+    if part.stat().st_size < size:
+        arrived = f"{part.stat().st_size:,} of {size:,} bytes arrived"
+        raise BadInput(f"{url}: {arrived}; repeat the command to continue")
+    if checksum_of(part, checksum) != checksum:
+        part.unlink()
+        raise BadInput(f"{url}: wrong checksum; the file was deleted, repeat the command")
+    os.replace(part, path)
+
+
+def promised(headers, linked: dict[str, str], have: int) -> tuple[int, str]:
+    """The size and the checksum of a whole file, by the hub's headers."""
+    size = linked.get("X-Linked-Size") or have + int(headers["Content-Length"] or 0)
+    tag = linked.get("X-Linked-ETag") or headers["ETag"] or ""
+    found = re.fullmatch(r'(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?', tag)
+    if not found:
+        raise OSError(f"the server gives no checksum, but ETag {tag!r}")
+    return int(size), found[1]
+
+
+def write_part(response, part: Path, have: int, size: int):
+    """Append the response to the part, or replace the part if nothing of it is valid."""
+    how = {"total": size, "initial": have, "unit": "B", "unit_scale": True}
+    with open(part, "ab" if have else "wb") as f, tqdm(desc=part.stem, **how) as bar:
+        while block := response.read(1 << 20):
+            f.write(block)
+            bar.update(len(block))
+
+
+def checksum_of(path: Path, like: str) -> str:
+    """SHA-256, or for a checksum of 40 digits Git's SHA-1 of a blob, which small files have."""
+    with open(path, "rb") as f:
+        if len(like) == 64:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        content = f.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def ensure_gpt2(name: str) -> Path:
+    """The checkpoint of a published model, in the cache. It is downloaded once. Raises BadInput."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    checkpoint, folder = cache_dir() / f"{name}.pt", cache_dir() / name
+    if checkpoint.exists():
+        return checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder):
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).exists():
+                fetch(f"{hub}/openai-community/{name}/resolve/main/{file}", folder / file)
+        save(from_published(folder), checkpoint)
+    shutil.rmtree(folder)
+    return checkpoint
+
+
+# ------------------------------------------------- published layout -> checkpoint
+
 
 def from_published(folder: Path) -> dict:
-    """The folder's model, as `checkpoints.checkpoint` makes it. Errors: BadInput for what is not wholly a GPT-2."""
-    with reading(path := folder / "config.json", "a config of GPT-2"):
-        config = config_of(json.loads(path.read_bytes()))
-    with reading(folder, "weights of GPT-2"):
-        found, size = read_weights(folder)
-        found = {name.removeprefix("transformer."): w for name, w in found.items()
-                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-        if "lm_head.weight" in found and not torch.equal(found.pop("lm_head.weight"), found["wte.weight"]):
-            raise ValueError("its lm_head.weight is not its wte.weight, as it is in model.py")
-        if config.n_layer > len(found) or sum(w.nbytes for w in found.values()) > size:
-            raise ValueError("the sizes in config.json are not those of the weights")
+    """The checkpoint of a folder in the published layout.
+
+    Raises BadInput if it is not a complete GPT-2, or computes another function than model.py.
+    """
+    with open_user_file(folder / "config.json", "a config of GPT-2"):
+        found = json.loads((folder / "config.json").read_bytes())
+        check_function(found)
+        config = {ours: found[theirs] for ours, theirs in SIZES.items()}
+    with open_user_file(folder, "weights of GPT-2"):
+        weights = {k.removeprefix("transformer."): w for k, w in read_weights(folder).items()}
+        if not torch.equal(
+            weights.get("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]
+        ):
+            raise ValueError("its lm_head.weight differs from its wte.weight")
+        weights = {name: w for name, w in weights.items() if not IGNORED.fullmatch(name)}
+        check_sizes(config, weights)
         with torch.device("meta"):
-            pi = GPT(config)
-        wanted = transposed(pi.state_dict())                    # on the meta device: shapes alone
-        if wrong := [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]:
-            raise ValueError(f"{wrong[0]} is missing, or not {tuple(wanted[wrong[0]].shape)} as config.json has it")
-        if wrong := sorted(found.keys() - wanted.keys()):
-            raise ValueError(f"{wrong[0]} is no weight of a GPT-2 with the sizes in config.json")
-        for name, w in found.items():
-            if w.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not w.isfinite().all():
-                raise ValueError(f"{name} ({w.dtype}) is not of finite numbers of 16 or 32 bits")
-        pi.load_state_dict(transposed(found), assign=True)
-    return checkpoints.checkpoint(pi, None)
+            pi = GPT(GPTConfig(**config))
+        pi.load_state_dict(transpose(weights), assign=True)
+        if not all(w.isfinite().all() for w in pi.parameters()):
+            raise ValueError("its weights are not finite")
+    return to_checkpoint(pi, tokens=None)
 
 
-def config_of(found: dict) -> GPTConfig:
-    """Sizes from a config.json. Errors: ValueError if it asks for another function than model.py's, or another vocabulary."""
-    if "model_type" not in found or [name for name in SIZES.values() if type(found.get(name)) is not int or found[name] < 1]:
-        raise ValueError(f"it needs a model_type, and whole numbers {', '.join(SIZES.values())} above 0")
-    config = GPTConfig(**{ours: found[name] for ours, name in SIZES.items()})
-    for name, value in FUNCTION.items():
-        if (has := found.get(name, value)) != value and (name, has) != ("n_inner", 4 * config.n_embd):
-            raise ValueError(f"its {name} is {json.dumps(has):.40}, and only {json.dumps(value)} is known here")
-    if config.n_embd % config.n_head:
-        raise ValueError("its n_embd is no multiple of its n_head")
-    if config.vocab_size != 50257:
-        raise ValueError(f"its vocabulary of {config.vocab_size:,} is not GPT-2's 50,257")
-    return config
+def check_function(config: dict):
+    """Raise ValueError if a config.json asks for something that model.py does not compute."""
+    wanted = FUNCTION | {"vocab_size": PUBLISHED["gpt2"].vocab_size}
+    for name, value in wanted.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"its {name} is {config[name]!r}; only {value!r} is supported")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise ValueError(f"its n_inner is {config['n_inner']}; only 4 n_embd is supported")
+    if config["n_embd"] % config["n_head"]:
+        raise ValueError("its n_embd is not a multiple of its n_head")
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors by name, and the bytes of the files that hold them. Errors: BadInput, ValueError, what a parser raises."""
-    for name, load in (("pytorch_model.bin", load_pickled), ("model.safetensors", load_safetensors)):
-        files = [name] if (folder / name).exists() else []
-        if (index := folder / f"{name}.index.json").exists() and not files:
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            if any(Path(file).name != file for file in files):
-                raise ValueError(f"{index.name} names a file outside the folder")
-        if files:
-            found = {name: w for file in files for name, w in load(folder / file).items()}
-            return found, sum((folder / file).stat().st_size for file in files)
-    raise ValueError("there is neither pytorch_model.bin nor model.safetensors, nor an index of their shards")
+def check_sizes(config: dict, weights: dict[str, Tensor]):
+    """Raise ValueError unless the weights have the sizes of config.json, before those are used."""
+    vocab_size, n_embd = weights["wte.weight"].shape
+    n_layer = sum(name.endswith("ln_1.weight") for name in weights)
+    context = len(weights["wpe.weight"])
+    found = {"vocab_size": vocab_size, "n_embd": n_embd, "n_layer": n_layer, "context": context}
+    for name, value in found.items():
+        if config[name] != value:
+            raise ValueError(f"{SIZES[name]} is {config[name]} in config.json, {value} in the file")
 
 
-def load_pickled(path: Path) -> dict[str, Tensor]:
-    if zipfile.is_zipfile(path):                                # it is not in files of torch before 1.6
-        with zipfile.ZipFile(path) as f:
-            if sum(entry.file_size for entry in f.infolist()) > path.stat().st_size:
-                raise ValueError(f"{path.name} is compressed, and torch.save does not compress")
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
-        raise ValueError(f"{path.name} holds no tensors by name")
-    return found
+def transpose(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the matrices of the blocks from (in, out) to (out, in), or back. Float32."""
+    return {
+        name: (w.T if w.ndim == 2 and name.startswith("h.") else w).float().contiguous()
+        for name, w in weights.items()
+    }
 
 
-def load_safetensors(path: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / "model.safetensors"
+    if path.exists():
+        return read_safetensors(path)
+    path = folder / "pytorch_model.bin"
+    if not path.exists():
+        raise ValueError("there is no model.safetensors and no pytorch_model.bin")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of 8 bytes (n, little-endian), n bytes of JSON (name -> dtype, shape, offsets),
+    and the numbers of all tensors."""
+    content = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    weights = {}
+    for name, about in header.items():
+        begin, end = about["data_offsets"]
+        raw = torch.from_numpy(content[start + begin : start + end].copy())
+        weights[name] = raw.view(DTYPES[about["dtype"]]).view(about["shape"])
+    return weights
+
+
+# ------------------------------------------------- checkpoint -> published layout
+
+
+def to_published(checkpoint: dict, folder: Path):
+    """Write config.json and model.safetensors, which transformers loads as GPT2LMHeadModel."""
+    end = checkpoint["config"]["vocab_size"] - 1
+    config = FUNCTION | {theirs: checkpoint["config"][ours] for ours, theirs in SIZES.items()}
+    config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end}
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(transpose(checkpoint["weights"]), folder / "model.safetensors")
+    atomic_write(folder / "config.json", json.dumps(config, indent=1).encode())
+
+
+def write_safetensors(weights: dict[str, Tensor], path: Path):
+    """The inverse of `read_safetensors`, for float32."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, w in weights.items():
+        offsets = [offset, offset + w.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(w.shape), "data_offsets": offsets}
+        offset += w.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    numbers = b"".join(w.numpy().tobytes() for w in weights.values())
+    atomic_write(path, len(text).to_bytes(8, "little") + text + numbers)
+
+
+def save(checkpoint: dict, path: Path):
+    """Write a checkpoint completely or not at all."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise BadInput(f"{path}: needs the library safetensors (pip install safetensors), or a pytorch_model.bin instead") from None
-    return load_file(path)
-
-
-# ----------------------------------------------------------------------------- ours -> published
-
-def write_published(found: dict, folder: Path):
-    """A checkpoint as config.json and weights, in a new folder; it empties found["weights"]."""
-    end = tokens.tokenizer_of(found["tokens"]).eot_token
-    config = FUNCTION | {name: found["config"][ours] for ours, name in SIZES.items()} | dict(
-        architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    weights = transposed(found["weights"])
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        torch.save(weights, folder / "pytorch_model.bin")
-    else:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")       # the library's files are their owner's alone
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A name for a file or folder that is `out` once it is written, and gone if it cannot be. Errors: BadInput."""
-    part = out.with_name(f"{out.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        for path in part.iterdir() if part.is_dir() else [part]:
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
-        os.rename(part, out)
-    except Exception as e:          # torch's and safetensors' writers have errors of their own for a full disk
-        raise BadInput(f"{out}: cannot be written ({getattr(e, 'strerror', None) or e}); "
-                       "name one in a folder that has room") from None
+        torch.save(checkpoint, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch raises RuntimeError where the disk is full
+        raise BadInput(f"{path}: cannot be written ({e})") from e
     finally:
-        if part.is_dir():
-            shutil.rmtree(part)
         part.unlink(missing_ok=True)
 
 
-def convert(source: Path, out: Path) -> str:
-    """Either direction; what was done, in a line or two. Errors: BadInput, and then there is no `out`."""
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: exists already; name another, or remove it")
-    published = source.is_dir()
-    found = from_published(source) if published else checkpoints.read_checkpoint(source)
-    said = "{n_layer} layers, {n_head} heads, width {n_embd}, context {context}, {vocab_size:,} tokens".format(**found["config"])
-    number = sum(w.numel() for w in found["weights"].values())
-    with appearing(out) as part:
-        if published:
-            torch.save(found, part)
-        else:
-            write_published(found, part)
-    tokenizer = "it is GPT-2's own" if found["tokens"] is None else "it is this project's, learned from texts"
-    then = f"python train.py --init {out}" if published else f"no tokenizer files are written: {tokenizer}"
-    return f"{out}: {number:,} parameters ({said})\n{then}"
+# ------------------------------------------------- the command line
+
+
+def convert(source: str, out: Path | None) -> str:
+    """Convert in the direction that `source` asks for, and return what to do next."""
+    if out is not None and out.exists():
+        raise BadInput(f"{out}: exists already; choose another --out")
+    if source in PUBLISHED:
+        path = ensure_gpt2(source)
+        if out is not None:
+            shutil.copyfile(path, out)
+        return f"next: python train.py --init {out or path}"
+    if out is None:
+        raise BadInput("--out is needed")
+    if Path(source).is_file():
+        to_published(read_checkpoint(Path(source)), out)
+        return f"{out}: for GPT2LMHeadModel.from_pretrained; the tokenizer is not part of it"
+    if not Path(source).is_dir():
+        raise BadInput(f"{source}: is not a folder, a checkpoint, or one of {', '.join(PUBLISHED)}")
+    save(from_published(Path(source)), out)
+    return f"next: python train.py --init {out}"
 
 
 def main(argv: list[str]) -> int:
-    parser = terminal.Parser(prog="gpt2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", type=Path, help="a published folder, or a checkpoint of this project")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the checkpoint or folder to write; it must not exist")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="beyond.gpt2", description=__doc__, formatter_class=style)
+    parser.add_argument("source", help=f"{', '.join(PUBLISHED)}, a folder, or a checkpoint")
+    parser.add_argument("--out", type=Path, help="what to write; it must not exist")
     args = parser.parse_args(argv)
     try:
         print(convert(args.source, args.out))
-    except (BadInput, MemoryError) as e:
-        print("gpt2.py:", " ".join(str(e).split())[:500] or "out of memory", file=sys.stderr)
+    except (BadInput, OSError) as e:
+        print(f"beyond.gpt2: {' '.join(str(e).split())[:500]}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"gpt2.py: interrupted; {args.out} was not written", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -1,18 +1,23 @@
-"""The losses that came after DPO, each to be held beside Eq. 7 of dpo.py: formula, source, optimum.
+"""Losses published after DPO, next to Eq. 7: formula, arXiv number, optimum.
 
-    A, B        log pi_theta / pi_ref of y_w and of y_l, sums over tokens         h = A - B, and z = beta h is DPO's margin
-    |y|         tokens of a response                    m = log pi_theta(y|x) / |y|         s        the logistic function
+    A, B    log pi_theta / pi_ref of y_w and of y_l, in nats    h = A - B, and z = beta h
+    |y|     number of tokens of a response
+    m       log pi_theta(y|x) / |y|, in nats per token
+    s       the logistic function
 
-Each function takes token log-probabilities pi_theta (P, K, T) and a batch of preferences, and gives back losses, r_hat_w and
-r_hat_l, (n,) each: once its hyperparameters are named it is a `dpo.Loss`, as in `dpo.train(..., partial(ipo, tau=0.1), ...)`.
-r_hat is beta times the log-ratio where nothing else is said. An optimum is where the expected loss is least: over all
-policies where it is a policy ("tilt" is Eq. 4's), and of one pair by itself, which y_w wins with probability p, where it is a
-number.
+Every function takes token log-probabilities logps (R, T), a batch, beta and its own parameters. It
+returns losses, r_hat_w and r_hat_l, (n,) each. With its parameters fixed it is a `dpo.Loss`, for
+instance `partial(cdpo, beta=0.1, epsilon=0.2)`. The implicit reward r_hat is beta times the
+log-ratio unless stated otherwise.
 
-Log-ratios are sums over tokens, IPO's too; only ORPO and SimPO take means, as their papers do. A batch may have empty
-completions (where a prompt has fewer than K): pairs are taken first, so that no mean is ever that of nothing.
+"Optimum" is where the expected loss is smallest: over all policies ("tilt" is Eq. 4), or, for one
+pair that y_w wins with probability p, over its log-ratios.
+
+Log-ratios are sums over tokens, also for IPO. ORPO and SimPO use means, as their papers do.
 """
+
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,200 +26,350 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dpo
-from dpo import Preferences
+from beyond.pairs import Sample, rows_of_prompts
+from dpo import Preferences, pair_logps
+from lib.io import BadInput
 
-PerPair = tuple[Tensor, Tensor, Tensor]         # losses, r_hat_w, r_hat_l
-
-
-# ------------------------------------------------------------------------------------------------------ pairs of a batch
-
-def of_pairs(values: Tensor, batch: Preferences) -> tuple[Tensor, Tensor]:
-    """From values (P, K, ...) of all completions, those of y_w and those of y_l, (n, ...) each."""
-    x, w, l = batch.pairs.T
-    return values[x, w], values[x, l]
+PairLosses = tuple[Tensor, Tensor, Tensor]  # losses, r_hat_w, r_hat_l
 
 
-def log_ratios(pi_theta: Tensor, batch: Preferences) -> tuple[Tensor, Tensor]:
-    """A and B, (n,) nats each."""
-    return of_pairs((pi_theta - batch.pi_ref).sum(-1), batch)
+def log_ratios(logps: Tensor, batch: Preferences) -> tuple[Tensor, Tensor]:
+    """A and B of each pair, (n,) each, in nats."""
+    logp_w, logp_l, ref_logp_w, ref_logp_l = pair_logps(logps, batch)
+    return logp_w - ref_logp_w, logp_l - ref_logp_l
 
 
-def mean_logps(pi_theta: Tensor, batch: Preferences) -> tuple[Tensor, Tensor]:
-    """m of y_w and of y_l, (n,) nats a token each."""
-    (theta_w, theta_l), (mask_w, mask_l) = of_pairs(pi_theta, batch), of_pairs(batch.mask, batch)
-    return theta_w.sum(-1) / mask_w.sum(-1), theta_l.sum(-1) / mask_l.sum(-1)
+def pair_lengths(batch: Preferences) -> tuple[Tensor, Tensor]:
+    """|y_w| and |y_l| of each pair, (n,) each, in tokens."""
+    w, l = batch.pairs.T
+    length = batch.mask.sum(-1)
+    return length[w], length[l]
 
 
-def tally(batch: Preferences, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight (n,) of the pairs that each completion wins, and of those that it loses, (P, K) each."""
-    x, w, l = batch.pairs.T
-    none = weight.new_zeros(batch.mask.shape[:2])
-    return none.index_put((x, w), weight, accumulate=True), none.index_put((x, l), weight, accumulate=True)
+def mean_logps(logps: Tensor, batch: Preferences) -> tuple[Tensor, Tensor]:
+    """m of y_w and of y_l, (n,) each, in nats per token."""
+    logp_w, logp_l, _, _ = pair_logps(logps, batch)
+    length_w, length_l = pair_lengths(batch)
+    return logp_w / length_w, logp_l / length_l
 
 
-# ------------------------------------------------------------------------------------------------------ noisy labels
+def win_loss_weights(batch: Preferences, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The total weight of the pairs that each row wins, and of those that it loses, (R,) each."""
+    w, l = batch.pairs.T
+    zero = weight.new_zeros(len(batch.ids))
+    return zero.index_add(0, w, weight), zero.index_add(0, l, weight)
 
-def cdpo(pi_theta: Tensor, batch: Preferences, beta: float, epsilon: float) -> PerPair:
-    """-(1 - epsilon) log s(z) - epsilon log s(-z): conservative DPO, or label smoothing (Mitchell 2023, a note).
-    It is the mean of Eq. 7 over a label that is flipped with probability epsilon.
-    Optimum at p = 1: h = logit(1 - epsilon) / beta, and no further."""
-    A, B = log_ratios(pi_theta, batch)
+
+def is_paired(batch: Preferences) -> Tensor:
+    """True for the rows (R,) that a pair names."""
+    rows = torch.arange(len(batch.ids), device=batch.pairs.device)
+    return torch.isin(rows, batch.pairs)
+
+
+# ------------------------------------------------- noisy labels
+
+
+def cdpo(logps: Tensor, batch: Preferences, beta: float, epsilon: float = 0.1) -> PairLosses:
+    """-(1 - epsilon) log s(z) - epsilon log s(-z).  Conservative DPO, Mitchell 2023 (a note).
+
+    This is label smoothing: the mean of Eq. 7 over a label that is flipped with probability
+    epsilon. Optimum at p = 1: h = logit(1 - epsilon) / beta.
+    """
+    A, B = log_ratios(logps, batch)
     z = beta * (A - B)
-    return -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z), beta * A, beta * B
-
-
-def robust(pi_theta: Tensor, batch: Preferences, beta: float, epsilon: float) -> PerPair:
-    """[ -(1 - epsilon) log s(z) + epsilon log s(-z) ] / (1 - 2 epsilon), epsilon < 1/2.  2403.00409.
-    Over flips of the label with probability epsilon its mean is Eq. 7 of the clean label, so its optimum under such noise is
-    the tilt; for a single pair it has no lower bound."""
-    A, B = log_ratios(pi_theta, batch)
-    z = beta * (A - B)
-    return (-(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)) / (1 - 2 * epsilon), beta * A, beta * B
-
-
-# ------------------------------------------------------------------------------------------------------ other curves
-
-def ipo(pi_theta: Tensor, batch: Preferences, tau: float) -> PerPair:
-    """( h - 1 / (2 tau) )^2.  2310.12036, Eq. 17; tau plays the part of beta, in r_hat too.
-    Optimum: h = (2p - 1) / (2 tau), finite even at p = 1."""
-    A, B = log_ratios(pi_theta, batch)
-    return (A - B - 1 / (2 * tau)).square(), tau * A, tau * B
-
-
-def hinge(pi_theta: Tensor, batch: Preferences, beta: float) -> PerPair:
-    """max(0, 1 - z).  SLiC's curve (2305.10425) on DPO's margin, as in RSO (2309.06657).
-    Optimum: z = 1 if p > 1/2, however little, and nothing pushes further; all z >= 1 if p = 1."""
-    A, B = log_ratios(pi_theta, batch)
-    return F.relu(1 - beta * (A - B)), beta * A, beta * B
-
-
-# ------------------------------------------------------------------------------------------------------ responses by themselves
-
-def mismatched(ids: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """For each prompt x one of the completions of another prompt, at random, put after x and cut to the length that there is:
-    ids and mask (P, K, T), no prompt without its first completion -> (P, 1, T). Errors: ValueError if more than half of the
-    prompts are the same."""
-    P, _, T = ids.shape
-    places, start = torch.arange(T, device=ids.device), mask[:, 0].int().argmax(-1)         # start (P,) = |x|
-    is_x = places < start[:, None]                                                          # (P, T)
-    kinds, kind = ids[:, 0].masked_fill(~is_x, -1).unique(dim=0, return_inverse=True)
-    most = int(kind.bincount().max())
-    if 2 * most > P:
-        raise ValueError(f"{most} of {P} prompts are the same, so that not each can have another's completion")
-    order = torch.randperm(len(kinds), generator=generator).to(ids.device)[kind].argsort()
-    other = torch.empty_like(order).index_put((order,), order.roll(most))                   # past all that are the same as x
-    k = torch.multinomial(mask.any(-1).float().cpu(), 1, generator=generator).to(ids.device)[other, 0]
-    source = places + (start[other] - start)[:, None]           # (P, T) where the other row has what comes to stand at a place
-    y, is_y = (v[other, k].gather(1, source.clamp(0, T - 1)) for v in (ids, mask))
-    return ids[:, 0].where(is_x, y)[:, None], (is_y & ~is_x & (source < T))[:, None]
-
-
-def with_mismatched(preferences: Preferences, score: Callable[[Tensor, Tensor], Tensor],
-                    generator: torch.Generator | None = None) -> Preferences:
-    """The same preferences, and one mismatched completion more for each prompt, which no pair names. `score` gives log pi_ref
-    at the tokens of ids and mask (P, 1, T), for instance `partial(train.score, pi_ref)`."""
-    ids, mask = mismatched(preferences.ids, preferences.mask, generator)
-    more = dict(ids=ids, mask=mask, pi_ref=score(ids, mask).to(preferences.pi_ref))
-    return replace(preferences, **{name: torch.cat((getattr(preferences, name), rows), 1) for name, rows in more.items()})
-
-
-def reference_point(pi_theta: Tensor, batch: Preferences) -> Tensor:
-    """KTO's z_0 = max(0, mean log-ratio of the mismatched completions, those that no pair names), without gradient: it
-    estimates KL(pi_theta, pi_ref), which log-ratios of the pairs do not, in whatever order they are taken."""
-    won, lost = tally(batch, torch.ones_like(batch.weight))
-    unpaired = batch.mask.any(-1) & (won + lost == 0)
-    if not unpaired.any():
-        raise ValueError("every completion belongs to a pair: add mismatched ones by `with_mismatched`")
-    return (pi_theta - batch.pi_ref).sum(-1)[unpaired].mean().clamp(min=0).detach()
-
-
-def kto(pi_theta: Tensor, batch: Preferences, beta: float, lam_D: float = 1.0, lam_U: float = 1.0) -> PerPair:
-    """lam_D (1 - s(beta (A - z_0))) for the desirable y_w, lam_U (1 - s(beta (z_0 - B))) for the undesirable y_l, and the mean
-    of the two.  2402.01306; z_0 is `reference_point`. Optimum: none. With z_0 fixed, and p the probability that y is
-    desirable, the loss is linear in s: log-ratios go to +inf or -inf with the sign of p lam_D - (1 - p) lam_U."""
-    A, B = log_ratios(pi_theta, batch)
-    z_0 = reference_point(pi_theta, batch)
-    losses = (lam_D * torch.sigmoid(beta * (z_0 - A)) + lam_U * torch.sigmoid(beta * (B - z_0))) / 2    # 1 - s(u) = s(-u)
+    losses = -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z)
     return losses, beta * A, beta * B
 
 
-def sppo_hard(pi_theta: Tensor, batch: Preferences, beta: float) -> PerPair:
-    """(A - 1 / (2 beta))^2 + (B + 1 / (2 beta))^2: self-play, y_w taken to win always.  2405.00675, its eta being 1 / beta.
-    Optimum: A = (2p - 1) / (2 beta) = -B, each of itself and not their difference alone."""
-    A, B = log_ratios(pi_theta, batch)
-    return (A - 1 / (2 * beta)).square() + (B + 1 / (2 * beta)).square(), beta * A, beta * B
+def robust(logps: Tensor, batch: Preferences, beta: float, epsilon: float = 0.1) -> PairLosses:
+    """[ -(1 - epsilon) log s(z) + epsilon log s(-z) ] / (1 - 2 epsilon).  2403.00409.
+
+    epsilon < 1/2. The mean over labels flipped with probability epsilon is Eq. 7 of the clean
+    label, so the optimum under this noise is the tilt. The loss of one pair has no lower bound.
+    """
+    A, B = log_ratios(logps, batch)
+    z = beta * (A - B)
+    losses = -(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)
+    return losses / (1 - 2 * epsilon), beta * A, beta * B
 
 
-def sppo(pi_theta: Tensor, batch: Preferences, beta: float) -> PerPair:
-    """(A - (P_w - 1/2) / beta)^2 + (B - (P_l - 1/2) / beta)^2.  2405.00675; P = P(y > pi_t|x) is the share by weight that y
-    wins of its pairs with the other completions of x, which were drawn from pi_t (the first round's pi_t is pi_ref).
-    Optimum: every log-ratio is (P - 1/2) / beta."""
-    A, B = log_ratios(pi_theta, batch)
-    won, lost = tally(batch, batch.weight)
-    P_w, P_l = of_pairs(won / (won + lost), batch)              # 0/0 where no pair names a completion, which no pair takes
-    return (A - (P_w - 0.5) / beta).square() + (B - (P_l - 0.5) / beta).square(), beta * A, beta * B
+# ------------------------------------------------- other functions of the margin
 
 
-# ------------------------------------------------------------------------------------------------------ without a reference
+def ipo(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
+    """( h - 1 / (2 beta) )^2.  2310.12036, Eq. 17, where beta is called tau.
 
-def orpo(pi_theta: Tensor, batch: Preferences, lam: float) -> PerPair:
-    """-m_w - lam log s(r_hat_w - r_hat_l), where r_hat = m - log(1 - exp m), the log-odds of a response's mean token.
-    2403.07691. There is no pi_ref: the first term fine-tunes on y_w. Optimum: no closed form; the winners' frequencies
-    as lam -> 0, for responses of one length."""
-    m_w, m_l = mean_logps(pi_theta, batch)
-    r_hat_w, r_hat_l = (m - torch.log(-torch.expm1(m)) for m in (m_w, m_l))
-    return -m_w - lam * F.logsigmoid(r_hat_w - r_hat_l), r_hat_w, r_hat_l
+    Optimum: h = (2p - 1) / (2 beta), which is finite even at p = 1.
+    """
+    A, B = log_ratios(logps, batch)
+    return (A - B - 1 / (2 * beta)).square(), beta * A, beta * B
 
 
-def simpo(pi_theta: Tensor, batch: Preferences, beta: float, gamma: float) -> PerPair:
-    """-log s(r_hat_w - r_hat_l - gamma), where r_hat = beta m.  2405.14734. There is no pi_ref.
-    Optimum at gamma = 0: m = r / beta but for a constant; with responses of one length L this is DPO's from a uniform pi_ref
-    at beta / L, softmax(L r / beta)."""
-    r_hat_w, r_hat_l = (beta * m for m in mean_logps(pi_theta, batch))
+def hinge(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
+    """max(0, 1 - z).  The loss of SLiC (2305.10425) at DPO's margin, as in RSO (2309.06657).
+
+    Optimum: z = 1 for every p between 1/2 and 1, and any z >= 1 for p = 1.
+    """
+    A, B = log_ratios(logps, batch)
+    return F.relu(1 - beta * (A - B)), beta * A, beta * B
+
+
+# ------------------------------------------------- each response on its own
+
+
+def kto(
+    logps: Tensor, batch: Preferences, beta: float, lam_D: float = 1.0, lam_U: float = 1.0
+) -> PairLosses:
+    """The mean of lam_D (1 - s(beta (A - z_0))) and lam_U (1 - s(beta (z_0 - B))).  2402.01306.
+
+    y_w is desirable, y_l undesirable, and z_0 is `reference_point`, without gradient.
+
+    Optimum: none. With z_0 fixed, and p the probability that y is desirable, the expected loss is
+    linear in s. The log-ratio goes to +inf or -inf, by the sign of p lam_D - (1 - p) lam_U.
+    """
+    A, B = log_ratios(logps, batch)
+    z_0 = reference_point(logps, batch)
+    loss_w = lam_D * torch.sigmoid(beta * (z_0 - A))  # 1 - s(u) = s(-u)
+    loss_l = lam_U * torch.sigmoid(beta * (B - z_0))
+    return (loss_w + loss_l) / 2, beta * A, beta * B
+
+
+def reference_point(logps: Tensor, batch: Preferences) -> Tensor:
+    """z_0 = max(0, mean log pi_theta(y'|x) / pi_ref(y'|x)) of the rows that no pair names.
+
+    What z_0 estimates depends on the origin of these rows:
+
+    - `with_mismatched`, the paper's: y' is a sample of pi_ref for another prompt. The mean is then
+      about -KL(pi_ref, pi_theta), which is negative, so z_0 is 0 nearly always.
+    - `with_samples`: y' is a sample of pi_theta for x. The mean is then an unbiased estimate of
+      KL(pi_theta, pi_ref). The samples must be drawn again as pi_theta changes.
+    - No such rows: z_0 = 0.
+
+    Returns a scalar in nats, without gradient. To record z_0 during training, call this function on
+    the arguments of the loss.
+    """
+    return unpaired_log_ratio(logps, batch).clamp(min=0)
+
+
+def unpaired_log_ratio(logps: Tensor, batch: Preferences) -> Tensor:
+    """The mean log-ratio of the rows that no pair names, in nats, or 0 if there are none."""
+    log_ratio = (logps - batch.ref_logps).sum(-1).detach()
+    unpaired = ~is_paired(batch)
+    return (log_ratio * unpaired).sum() / unpaired.sum().clamp(min=1)
+
+
+Score = Callable[[Tensor, Tensor], Tensor]  # ids, mask (B, T) -> log pi_ref (B, T)
+
+
+def with_mismatched(preferences: Preferences, score: Score, rng: random.Random) -> Preferences:
+    """Add one row per prompt x that no pair names: a random completion of another prompt, after x.
+
+    The completion is cut where the row would exceed T. score: log-probabilities under pi_ref, for
+    instance `partial(dpo.response_logps, pi_ref)`. Raises ValueError if all prompts are the same.
+    """
+    rows = split_rows(preferences.ids, preferences.mask)
+    if all(x == rows[0][0] for x, _ in rows):
+        raise ValueError("mismatched completions need two different prompts")
+    first = rows_of_prompts(preferences.prompt)[:, 0]  # (P,)
+    ids = preferences.ids[first]
+    mask = torch.zeros_like(preferences.mask[first])
+    for p, row in enumerate(first.tolist()):
+        x, _ = rows[row]
+        other_x, y = rng.choice(rows)
+        while other_x == x:
+            other_x, y = rng.choice(rows)
+        y = torch.tensor(y[: ids.size(1) - len(x)])
+        ids[p, len(x) : len(x) + len(y)] = y
+        mask[p, len(x) : len(x) + len(y)] = True
+    return add_rows(preferences, ids, mask, score(ids, mask), preferences.prompt[first])
+
+
+def with_samples(preferences: Preferences, sample: Sample, score: Score) -> Preferences:
+    """Add one row per prompt x that no pair names: a response that pi_theta samples for x.
+
+    sample: for instance `partial(model.sample, pi_theta, end=end)`. score: as in `with_mismatched`.
+    """
+    rows = split_rows(preferences.ids, preferences.mask)
+    first = rows_of_prompts(preferences.prompt)[:, 0]  # (P,)
+    ids, mask, _ = sample([rows[row][0] for row in first.tolist()])
+    return add_rows(preferences, ids, mask, score(ids, mask), preferences.prompt[first])
+
+
+def split_rows(ids: Tensor, mask: Tensor) -> list[tuple[list[int], list[int]]]:
+    """The token ids of prompt and response of each row."""
+    starts = mask.int().argmax(-1).tolist()
+    return [
+        (row[:start].tolist(), row[in_response].tolist())
+        for row, start, in_response in zip(ids, starts, mask, strict=True)
+    ]
+
+
+def add_rows(
+    preferences: Preferences, ids: Tensor, mask: Tensor, ref_logps: Tensor, prompt: Tensor
+) -> Preferences:
+    """The same pairs, and more rows. Each new row follows those of its prompt."""
+    prompt = torch.cat((preferences.prompt, prompt))
+    order = prompt.argsort(stable=True)
+    new_row = order.argsort()
+
+    def joined(old: Tensor, new: Tensor) -> Tensor:
+        T = max(old.size(1), new.size(1))
+        wide = [F.pad(rows, (0, T - rows.size(1))) for rows in (old, new.to(old))]
+        return torch.cat(wide)[order]
+
+    return replace(
+        preferences,
+        ids=joined(preferences.ids, ids),
+        mask=joined(preferences.mask, mask),
+        ref_logps=joined(preferences.ref_logps, ref_logps),
+        prompt=prompt[order],
+        pairs=new_row[preferences.pairs],
+    )
+
+
+def sppo_hard(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
+    """(A - 1 / (2 beta))^2 + (B + 1 / (2 beta))^2.  2405.00675, with eta = 1 / beta.
+
+    Self-play preference optimization where y_w is taken to win with certainty.
+    Optimum: A = (2p - 1) / (2 beta) = -B. It fixes both log-ratios, not only their difference.
+    """
+    A, B = log_ratios(logps, batch)
+    half = 1 / (2 * beta)
+    return (A - half).square() + (B + half).square(), beta * A, beta * B
+
+
+def sppo(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
+    """(A - (P_w - 1/2) / beta)^2 + (B - (P_l - 1/2) / beta)^2.  2405.00675, with eta = 1 / beta.
+
+    P = P(y > pi_t | x) is estimated by the share, by weight, of the pairs of y that y wins against
+    the other completions of x. They must be samples of pi_t, which is pi_ref in the first round.
+    Optimum: every log-ratio equals (P - 1/2) / beta.
+    """
+    A, B = log_ratios(logps, batch)
+    won, lost = win_loss_weights(batch, batch.weight)
+    P = won / (won + lost)  # 0/0 for a row that no pair names
+    w, l = batch.pairs.T
+    losses = (A - (P[w] - 0.5) / beta).square() + (B - (P[l] - 0.5) / beta).square()
+    return losses, beta * A, beta * B
+
+
+# ------------------------------------------------- without a reference
+
+
+def orpo(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
+    """-m_w - beta log s(r_hat_w - r_hat_l), r_hat = log( exp(m) / (1 - exp(m)) ).  2403.07691.
+
+    beta is the paper's lambda, the weight of the odds-ratio term against the first term, which is
+    supervised fine-tuning on y_w. A larger beta separates the responses more, the reverse of beta
+    in Eq. 7. There is no pi_ref. r_hat is the log-odds of the geometric mean of the response's
+    token probabilities.
+    Optimum: no closed form. At beta = 0, with responses of one length, the winners' frequencies.
+    """
+    m_w, m_l = mean_logps(logps, batch)
+    r_hat_w = m_w - torch.log(-torch.expm1(m_w))
+    r_hat_l = m_l - torch.log(-torch.expm1(m_l))
+    return -m_w - beta * F.logsigmoid(r_hat_w - r_hat_l), r_hat_w, r_hat_l
+
+
+def simpo(logps: Tensor, batch: Preferences, beta: float, gamma: float = 0.5) -> PairLosses:
+    """-log s(r_hat_w - r_hat_l - gamma), r_hat = beta m.  2405.14734.
+
+    There is no pi_ref. beta multiplies a mean over tokens, so it is about |y| times DPO's.
+    Optimum at gamma = 0: m = r / beta up to a constant. With responses of one length L this is
+    DPO's optimum for a uniform pi_ref at beta / L, softmax(L r / beta).
+    """
+    m_w, m_l = mean_logps(logps, batch)
+    r_hat_w, r_hat_l = beta * m_w, beta * m_l
     return -F.logsigmoid(r_hat_w - r_hat_l - gamma), r_hat_w, r_hat_l
 
 
-# ------------------------------------------------------------------------------------------------------ displacement, length
-
-def dpop(pi_theta: Tensor, batch: Preferences, beta: float, lam: float) -> PerPair:
-    """-log s(z - beta lam max(0, -A)): DPO-Positive, which makes y_w pay where it falls below pi_ref.  2402.13228.
-    Never less than Eq. 7, and the same iff A >= 0. Optimum: no closed form, as every tilt has responses below pi_ref."""
-    A, B = log_ratios(pi_theta, batch)
-    return -F.logsigmoid(beta * (A - B) - beta * lam * F.relu(-A)), beta * A, beta * B
+# ------------------------------------------------- displacement and length
 
 
-def r_dpo(pi_theta: Tensor, batch: Preferences, beta: float, alpha: float) -> PerPair:
-    """-log s(z + alpha (|y_w| - |y_l|)).  2403.19159, with the sign that its optimum asks for.
-    Optimum: the tilt of r - alpha |y|."""
-    A, B = log_ratios(pi_theta, batch)
-    length_w, length_l = of_pairs(batch.mask.sum(-1, dtype=pi_theta.dtype), batch)
-    return -F.logsigmoid(beta * (A - B) + alpha * (length_w - length_l)), beta * A, beta * B
+def dpop(logps: Tensor, batch: Preferences, beta: float, lam: float = 1.0) -> PairLosses:
+    """-log s(z - beta lam max(0, -A)).  DPO-Positive, 2402.13228.
+
+    Penalises log pi_theta(y_w|x) < log pi_ref(y_w|x). Never below Eq. 7, and equal iff A >= 0.
+    Optimum: no closed form. It is not the tilt, under which some responses have A < 0.
+    """
+    A, B = log_ratios(logps, batch)
+    z = beta * (A - B) - beta * lam * F.relu(-A)
+    return -F.logsigmoid(z), beta * A, beta * B
 
 
-def ld_dpo(pi_theta: Tensor, batch: Preferences, beta: float, alpha: float) -> PerPair:
-    """Eq. 7, but tokens beyond the shorter response's length count alpha times, in pi_theta and in pi_ref, and in r_hat.
-    2409.06411. At alpha = 1, and for y_w and y_l of one length, it is DPO, and so is its optimum."""
-    shorter = torch.minimum(*of_pairs(batch.mask.sum(-1), batch))[:, None]
-    r_hat_w, r_hat_l = (beta * tokens.where(mask.cumsum(-1) <= shorter, alpha * tokens).sum(-1) for tokens, mask in
-                        zip(of_pairs(pi_theta - batch.pi_ref, batch), of_pairs(batch.mask, batch)))     # (n, T) nats each
+def r_dpo(logps: Tensor, batch: Preferences, beta: float, alpha: float = 0.05) -> PairLosses:
+    """-log s(z + alpha (|y_w| - |y_l|)).  2403.19159.
+
+    Eq. 7 for the objective of Eq. 3 with reward r - alpha |y|. The labels come from r, so r_hat
+    must equal r - alpha |y|, and the difference of alpha |y| is added back to the margin.
+    alpha: nats per token. Optimum: the tilt of r - alpha |y|.
+    """
+    A, B = log_ratios(logps, batch)
+    length_w, length_l = pair_lengths(batch)
+    z = beta * (A - B) + alpha * (length_w - length_l).to(A)
+    return -F.logsigmoid(z), beta * A, beta * B
+
+
+def ld_dpo(logps: Tensor, batch: Preferences, beta: float, alpha: float = 0.5) -> PairLosses:
+    """Eq. 7, where tokens beyond the shorter response's length count alpha times.  2409.06411.
+
+    This applies to pi_theta and to pi_ref, so the loss starts at ln 2, and to r_hat.
+    Optimum: at alpha = 1, or if y_w and y_l have one length, this is DPO.
+    """
+    shorter = torch.minimum(*pair_lengths(batch))[:, None]  # (n, 1)
+    log_ratio = logps - batch.ref_logps
+
+    def r_hat(rows: Tensor) -> Tensor:
+        shared = batch.mask[rows].cumsum(-1) <= shorter  # (n, T)
+        tokens = log_ratio[rows]
+        return beta * torch.where(shared, tokens, alpha * tokens).sum(-1)
+
+    r_hat_w, r_hat_l = map(r_hat, batch.pairs.T)
     return -F.logsigmoid(r_hat_w - r_hat_l), r_hat_w, r_hat_l
 
 
-# ------------------------------------------------------------------------------------------------------ rankings
-
-def plackett_luce(pi_theta: Tensor, batch: Preferences, beta: float) -> PerPair:
-    """-log p*(ranking) at r_hat: the DPO paper's Eq. 20, for the ranking of all completions of x, the same number for each of
-    its pairs. They tell it: a completion loses to all that come before. Optimum: the tilt, if rankings are drawn as by
-    `pairs.rankings`. Errors: ValueError if the pairs of a prompt are not those of one ranking."""
-    won, lost = tally(batch, torch.ones_like(batch.weight))
-    unranked = won + lost == 0
-    place, order = lost.masked_fill(unranked, math.inf).sort(-1)
-    if (place.isfinite() & (place != torch.arange(place.size(-1), device=place.device))).any():
-        raise ValueError("the pairs of a prompt are no ranking: draw them with `pairs.rankings`")
-    r_hat = dpo.implicit_reward(pi_theta.sum(-1), batch.pi_ref.sum(-1), beta)
-    ranked = r_hat.masked_fill(unranked, -1e30).gather(-1, order)           # last, and never chosen before the others are
-    return -dpo.plackett_luce(ranked)[batch.pairs[:, 0]], *of_pairs(r_hat, batch)
+# ------------------------------------------------- rankings
 
 
-LOSSES: dict[str, Callable[..., PerPair]] = {loss.__name__: loss for loss in (
-    dpo.dpo, cdpo, robust, ipo, hinge, kto, sppo_hard, sppo, orpo, simpo, dpop, r_dpo, ld_dpo, plackett_luce)}
+def plackett_luce(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
+    """-log p*(ranking | x) at r_hat.  Eq. 20 of the DPO paper.
+
+    The ranking contains all paired completions of x: each loses to all that precede it. All pairs
+    of x get the same loss. Rows that no pair names are ignored.
+    Optimum: the tilt, if rankings are drawn as by `pairs.rankings`.
+    Raises BadInput if the pairs of a prompt are not those of one ranking.
+    """
+    w, l = batch.pairs.T
+    _, lost = win_loss_weights(batch, torch.ones_like(batch.weight))
+    rows = rows_of_prompts(batch.prompt)  # (P, K)
+    ranked = (rows >= 0) & is_paired(batch)[rows]
+    place, order = lost[rows].masked_fill(~ranked, math.inf).sort(-1)
+    expected = torch.arange(rows.size(1), device=rows.device)
+    if (place.isfinite() & (place != expected)).any():
+        raise BadInput("the pairs of a prompt are not a ranking: label them by --labels argmax")
+
+    r_hat = dpo.implicit_reward(logps.sum(-1), batch.ref_logps.sum(-1), beta)
+    r_ranked = r_hat[rows].masked_fill(~ranked, -1e30).gather(-1, order)  # unranked rows last
+    _, x = batch.prompt.unique_consecutive(return_inverse=True)
+    return -dpo.plackett_luce(r_ranked)[x[w]], r_hat[w], r_hat[l]
+
+
+LOSSES: dict[str, Callable[..., PairLosses]] = {
+    loss.__name__: loss
+    for loss in (
+        dpo.dpo,
+        cdpo,
+        robust,
+        ipo,
+        hinge,
+        kto,
+        sppo_hard,
+        sppo,
+        orpo,
+        simpo,
+        dpop,
+        r_dpo,
+        ld_dpo,
+        plackett_luce,
+    )
+}

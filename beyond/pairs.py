@@ -1,86 +1,144 @@
-"""Where the pairs come from, after DPO: fresh from pi_theta, the best and the worst of N, accepted samples, whole rankings.
+"""Where pairs come from after DPO: the policy itself, the best and worst of N, RSO, rankings.
 
-    online DPO (2402.04792)         `online`, from pi_theta itself, before each round of training
-    iterative DPO (2405.07863)      `completed` by pi_theta, then `best_and_worst`, each round
-    RSO (2309.06657)                `completed` by pi_ref, then `accepted`: pairs of samples of the optimum
-    Plackett-Luce (DPO's Eq. 20)    `rankings`, in the place of data.group's pairs
+    online DPO (2402.04792)       `online`: pairs of fresh samples of pi_theta, every round
+    iterative DPO (2405.07863)    `online` with the best and the worst of N samples
+    RSO (2309.06657)              `generate` with pi_ref, then `rso`: samples close to the optimum
+    Plackett-Luce (Eq. 20)        `rankings`: every pair of one random ranking per prompt
 
-Labels, triplets and tensors are data.py's: `data.preferences` labels what these functions choose, `data.group` packs it.
+Completions are ids, mask and log-probabilities (P K, T), as `model.sample` returns them for K
+copies of each prompt. Rewards are (P, K), in nats. `data.label_pairs` forms and labels the pairs.
 """
+
+import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from tiktoken import Encoding
 from torch import Tensor
 
-import data
+from data import Completions, label_pairs
+from dpo import Preferences
 
 Ids = list[int]
+Sample = Callable[[list[Ids]], Completions]  # as `model.sample`, with pi and end fixed
+Reward = Callable[[Tensor, Tensor], Tensor]  # ids, mask (B, T) -> r(x, y) (B,), in nats
+Score = Callable[[Tensor, Tensor], Tensor]  # ids, mask (B, T) -> log pi_ref (B, T)
 
 
-def completed(prompts: list[Ids], N: int, sample: Callable[[list[Ids]], list[Ids]], reward: Callable[[list[str]], Tensor],
-              tokenizer: Encoding) -> tuple[list[list[Ids]], Tensor]:
-    """N completions of each prompt and their rewards, (P, N) nats. `sample` draws one y for each x that it is given, as
-    `partial(model.sample, pi, end=tokenizer.eot_token)` does; `reward` judges the texts of x and y together."""
-    each = [x for x in prompts for _ in range(N)]
-    ys = sample(each)
-    rewards = reward([data.text_of(x + y, tokenizer) for x, y in zip(each, ys)])
-    return [ys[i:i + N] for i in range(0, len(ys), N)], rewards.view(-1, N)
+def generate(
+    prompts: list[Ids], K: int, sample: Sample, reward: Reward
+) -> tuple[Completions, Tensor]:
+    """Sample K completions of each prompt, and compute their rewards (P, K)."""
+    completions = sample([x for x in prompts for _ in range(K)])
+    ids, mask, _ = completions
+    return completions, reward(ids, mask).view(-1, K)
 
 
-def online(prompts: list[Ids], K: int, sample: Callable[[list[Ids]], list[Ids]], reward: Callable[[list[str]], Tensor],
-           tokenizer: Encoding, labels: str, rng: random.Random) -> list[dict]:
-    """The triplets of one round of online DPO: all pairs of K completions that `sample` draws from pi_theta as it is now.
-    The tilt stays where it is under them: wherever pairs come from, each asks for its own gap of rewards."""
-    completions, rewards = completed(prompts, K, sample, reward, tokenizer)
-    return data.preferences(prompts, completions, rewards, tokenizer, labels, rng)[0]
+def online(
+    prompts: list[Ids],
+    K: int,
+    sample: Sample,
+    reward: Reward,
+    score: Score,
+    seed: int,
+    which: str = "all",
+) -> Preferences:
+    """One round of online DPO: pairs of K samples of pi_theta, with Bradley-Terry labels.
+
+    which: "all" pairs, or "best-worst", one pair for each prompt, labelled by its rewards. sample:
+    draws from pi_theta. score: log-probabilities under pi_ref, for instance
+    `partial(dpo.response_logps, pi_ref)`.
+
+    With all pairs the tilt is a fixed point: it is the optimum for every distribution of the pairs,
+    hence also for pairs of its own samples.
+    """
+    completions, rewards = generate(prompts, K, sample, reward)
+    preferences, _ = label_pairs(completions, rewards, "bt", which, seed)
+    return replace(preferences, ref_logps=score(preferences.ids, preferences.mask))
 
 
-def take(completions: list[list[Ids]], rewards: Tensor, which: Tensor) -> tuple[list[list[Ids]], Tensor]:
-    """Those of N completions of each prompt, and their rewards, whose numbers are in the prompt's row of `which`, (P, K)."""
-    return [[ys[i] for i in row] for ys, row in zip(completions, which.tolist())], rewards.gather(1, which)
-
-
-def best_and_worst(completions: list[list[Ids]], rewards: Tensor) -> tuple[list[list[Ids]], Tensor]:
-    """Of N completions the best and the worst, in this order: with labels "argmax", one pair a prompt, as far apart as N
-    samples are."""
-    return take(completions, rewards, torch.stack((rewards.argmax(1), rewards.argmin(1)), 1))
+# ------------------------------------------------- rejection sampling
 
 
 def acceptance(r: Tensor, beta: float, r_max: Tensor | float) -> Tensor:
-    """exp((r - r_max) / beta), the probability of accepting a sample of pi_ref. The accepted law is then the tilt, Eq. 4:
-    pi_ref exp(r / beta) / Z, and the rate of acceptance Z exp(-r_max / beta). Errors: ValueError if r passes r_max."""
+    """The probability exp((r - r_max) / beta) of accepting a sample of pi_ref.
+
+    Accepted samples then follow the tilt of Eq. 4, and the acceptance rate is Z exp(-r_max / beta).
+    This is exact: each sample is accepted or not, on its own, and r_max bounds every reward.
+    Raises ValueError if r exceeds r_max.
+    """
     if (r > r_max).any():
-        raise ValueError("r_max is no upper bound of the rewards")
+        raise ValueError("r_max is not an upper bound of the rewards")
     return ((r - r_max) / beta).exp()
 
 
-def accepted(prompts: list[Ids], completions: list[list[Ids]], rewards: Tensor, beta: float, r_max: Tensor | float, K: int,
-             generator: torch.Generator | None = None) -> tuple[list[Ids], list[list[Ids]], Tensor]:
-    """The first K of each prompt's N samples of pi_ref that are accepted, and their rewards (P', K); prompts with fewer are
-    left out. RSO puts the largest of the N rewards, `rewards.amax(1, keepdim=True)`, in the place of the unknown r_max, which
-    accepts too much, the less the larger N."""
-    keep = torch.rand(rewards.shape, generator=generator) < acceptance(rewards, beta, r_max)
-    enough = (keep.sum(1) >= K).nonzero().flatten()
-    first = keep[enough].int().argsort(dim=1, descending=True, stable=True)[:, :K]
-    kept = enough.tolist()
-    return [prompts[p] for p in kept], *take([completions[p] for p in kept], rewards[enough], first)
+def rejection_sampling(r: list[float], beta: float, K: int, rng: random.Random) -> list[int]:
+    """The indices of K samples of one prompt, by Algorithm 1 of RSO (2309.06657).
+
+    Sweep over the samples that are left. Accept each with probability exp((r - r_max) / beta),
+    where r_max is the maximum of those left at the start of the sweep. Remove the accepted ones,
+    and repeat until K are accepted. Every sweep accepts at least the best of those left.
+
+    The accepted law is only approximately the tilt: r_max is the maximum of a sample, and samples
+    are not replaced. At K = len(r) all are accepted. The paper's listing merges identical samples,
+    which removes pi_ref's frequencies from the law. Here each sample counts.
+    Raises ValueError if there are fewer than K samples.
+    """
+    if len(r) < K:
+        raise ValueError(f"cannot accept {K} of {len(r)} samples")
+    left, accepted = list(range(len(r))), []
+    while len(accepted) < K:
+        r_max = max(r[i] for i in left)
+        new = [i for i in left if rng.random() < math.exp((r[i] - r_max) / beta)]
+        accepted += new[: K - len(accepted)]
+        left = [i for i in left if i not in new]
+    return accepted
 
 
-def rewards_of(triplets: list[dict], pairs: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The rewards (P, K) of the completions that `data.group` made of these triplets; -inf where there is none."""
-    x, w, l = pairs.T
-    r = torch.full(shape, -torch.inf)
-    r[x, w], r[x, l] = (torch.tensor([t[name] for t in triplets]) for name in ("reward_chosen", "reward_rejected"))
-    return r
+def rso(
+    completions: Completions, rewards: Tensor, beta: float, K: int, rng: random.Random
+) -> tuple[Completions, Tensor]:
+    """K accepted completions of each prompt, and their rewards (P, K).  2309.06657.
+
+    completions, rewards: N samples of pi_ref for each prompt. No prompt is dropped.
+    """
+    accepted = [sorted(rejection_sampling(r, beta, K, rng)) for r in rewards.tolist()]
+    columns = torch.tensor(accepted)  # (P, K)
+    P, N = rewards.shape
+    rows = (columns + N * torch.arange(P)[:, None]).flatten()
+    ids, mask, logps = completions
+    return (ids[rows], mask[rows], logps[rows]), rewards.gather(1, columns)
 
 
-def rankings(r: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """One ranking of each prompt's completions drawn from Plackett-Luce (Eq. 18) with r, by sorting r + Gumbel noise, given
-    as all its pairs: rewards (P, K), -inf where there is no completion -> pairs (n, 3) of prompt, y_w, y_l, and weight (n,),
-    which sums to one over each ranking."""
+# ------------------------------------------------- rankings
+
+
+def rows_of_prompts(prompt: Tensor) -> Tensor:
+    """The rows (P, K) of each prompt, padded with -1. prompt: (R,), as in `Preferences`."""
+    _, x, K = prompt.unique_consecutive(return_inverse=True, return_counts=True)
+    row = torch.arange(len(prompt), device=prompt.device)
+    first = K.cumsum(0) - K
+    rows = row.new_full((len(K), int(K.max())), -1)
+    rows[x, row - first[x]] = row
+    return rows
+
+
+def rankings(
+    r: Tensor, prompt: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """All pairs of one ranking per prompt, drawn from Plackett-Luce (Eq. 18).
+
+    r: (R,) rewards of rows, in nats. prompt: (R,) their prompts, as in `Preferences`. Returns the
+    rows (n, 2) of y_w and y_l, and weights (n,) that sum to 1 over each ranking. The ranking is the
+    order of r + Gumbel noise.
+    """
     noisy = r - torch.empty_like(r).exponential_(generator=generator).log()
-    wins = (noisy[:, :, None] > noisy[:, None, :]) & r.isfinite()[:, None, :]           # (P, K, K)
-    pairs = wins.nonzero()
-    return pairs, 1 / wins.sum((1, 2)).to(r.dtype)[pairs[:, 0]]
+    rows = rows_of_prompts(prompt)
+    i, j = torch.triu_indices(rows.size(1), rows.size(1), 1)
+    pairs = torch.stack((rows[:, i], rows[:, j]), -1).flatten(0, 1)
+    pairs = pairs[(pairs >= 0).all(1)]
+    noisy_w, noisy_l = noisy[pairs].T
+    pairs = torch.where((noisy_w > noisy_l)[:, None], pairs, pairs.flip(1))
+    _, x, n = prompt[pairs[:, 0]].unique_consecutive(return_inverse=True, return_counts=True)
+    return pairs, 1 / n[x].to(r.dtype)

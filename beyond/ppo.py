@@ -1,215 +1,385 @@
-"""PPO for preferences (Ziegler et al. 2019, 1909.08593; Ouyang et al. 2022, 2203.02155): what DPO does without.
+"""PPO from preferences (Ziegler et al. 1909.08593; Ouyang et al. 2203.02155): what DPO replaces.
 
-    a reward model      r_phi = argmin -E log s(r_phi(x, y_w) - r_phi(x, y_l))                                      (Eq. 2)
-    and the objective   E r(x, y) - beta KL(pi_theta, pi_ref),   r = r_phi, or the true reward: "PPO-GT"            (Eq. 3)
+    reward model    r_phi = argmin -E log sigma( r_phi(x, y_w) - r_phi(x, y_l) )             (Eq. 2)
+    objective       max E r(x, y) - beta KL(pi_theta, pi_ref)                                (Eq. 3)
 
-climbed by policy gradients: draw y ~ pi_old; pay each token t  r_t = -beta log pi_old(y_t|.) / pi_ref(y_t|.),  and the last
-one r(x, y) more; estimate by how much the token was better than expected, A_t (GAE, Schulman et al. 2016); then raise
-min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t),  rho_t = pi_theta(y_t|.) / pi_old(y_t|.)  (Schulman et al. 2017).
+where r is r_phi, or the true reward ("PPO-GT"). Each iteration:
 
-Departures, from Ziegler et al. (Z) and from Ouyang et al. (O):
-  - The policy's loss is a sum over a response's tokens and a mean over responses (Z, O: a mean over tokens), and advantages are
-    not whitened (Z: they are): so at pi_old its gradient is an unbiased estimate of Eq. 3's.
-  - The critic is a model of its own, from the reward model's weights, as O's; where the reward is given, from pi_ref's (Z: a
-    second head on the policy). Its loss is not clipped (Z, O: it is).
-  - beta starts where the tilt of a normal reward has the target KL, 1 / sqrt(2 KL), and is held for a quarter of the iterations, since
-    the KL of a policy on its way says little about beta; then it is adapted as in Z, three times as fast. (O: fixed.)
-  - The reward is made mean 0 and deviation 1 over pi_ref's completions (Z: the same, of the reward model; O: mean 0).
-  - A response ends with the end token or where the context is full, and is judged as it is. (Z: a fixed length, and a penalty where
-    no sentence ends.) Sampling is at temperature 1 (Z: lower), gamma is 1.
-  - No mixing with the fine-tuning loss (O: "PPO-ptx"), no dropout, gradients clipped at norm 1.
+    1. Sample y ~ pi_old for a batch of prompts.
+    2. Reward each token: r_t = -beta log( pi_old(y_t|.) / pi_ref(y_t|.) ); the last also r(x, y).
+    3. Estimate the advantages A_t from r_t and a value model V (GAE, Schulman et al. 1506.02438).
+    4. Take some steps that increase min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ),
+       rho_t = pi_theta(y_t|.) / pi_old(y_t|.), and fit V (PPO, Schulman et al. 1707.06347).
+
+Departures from Ziegler et al. (Z) and Ouyang et al. (O):
+
+- The policy's loss is a sum over the tokens of a response and a mean over responses (Z, O: a mean
+  over tokens). Advantages are whitened only if `PPOConfig.whiten` is set (Z: always). Without it,
+  and with lambda = 1, the gradient at pi_old is an unbiased estimate of the gradient of Eq. 3.
+- The value model is a separate network, initialised from the reward model (as in O) or from pi_ref
+  (Z: a second head on the policy). Its loss is not clipped (Z, O: it is).
+- beta is fixed (as in O), or adapted to a target KL as in Z, but three times as fast.
+- Rewards should have mean 0 and standard deviation 1 under pi_ref (as in Z; O: mean 0). The caller
+  scales them.
+- A response ends with the end token or at the end of the context (Z: a fixed length, and a penalty
+  if no sentence ends). Sampling is at temperature 1 (Z: lower), and gamma is 1.
+- No pre-training loss (O: "PPO-ptx"), no dropout. Gradients are clipped to norm 1.
 """
+
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import dpo
-import train
+from beyond.pairs import Ids, Reward
 from dpo import Preferences
+from lib.optim import linear_warmup_decay
 from model import GPT, sample
 
-Ids = list[int]
-Reward = Callable[[list[Ids], list[Ids]], Tensor]       # prompts and responses -> (B,) nats
+# ------------------------------------------------- models with a scalar output
 
 
-class Scalar(GPT):
-    """A GPT that says one number at each token in the place of logits: ids (B, T) -> (B, T). It starts as 0."""
+class ValueModel(nn.Module):
+    """A GPT with one number per position: ids (B, T) -> (B, T). The output starts at 0."""
 
     def __init__(self, pi: GPT):
-        super().__init__(pi.config)
-        self.head = nn.Linear(pi.config.n_embd, 1)
-        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
-        self.to(pi.wte.weight).bf16 = pi.bf16
-        self.load_state_dict(pi.state_dict(), strict=False)         # whose head, if it has one, is taken over
+        super().__init__()
+        self.gpt = copy.deepcopy(pi)
+        self.value = nn.Linear(pi.config.n_embd, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+        self.value.to(pi.wte.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.features(ids).to(self.head.weight.dtype)).squeeze(-1)
+        h = self.gpt.hidden(ids)  # (B, T, C)
+        return self.value(h.to(self.value.weight.dtype)).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------- the reward model
+def at_last_token(values: Tensor, mask: Tensor) -> Tensor:
+    """The value (B,) at the last token of each response, from (B, T)."""
+    positions = torch.arange(mask.size(1), device=mask.device)
+    last = (mask * positions).argmax(1, keepdim=True)
+    return values.gather(1, last).squeeze(1)
 
-def last(values: Tensor, mask: Tensor) -> Tensor:
-    """The value at each response's last token: (..., T) -> (...)."""
-    end = (mask * torch.arange(mask.size(-1), device=mask.device)).argmax(-1)
-    return values.gather(-1, end[..., None]).squeeze(-1)
+
+def token_values(critic: ValueModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """V_t = V(x, y_<t), the value before token t is sampled: (B, T), 0 outside the mask."""
+    return F.pad(critic(ids[:, :-1]), (1, 0)).masked_fill(~mask, 0.0)
 
 
-def reward_loss(r_phi: Scalar, batch: Preferences) -> tuple[Tensor, Tensor]:
-    """Eq. 2 for each pair, and whether r_phi orders it as labelled, a tie counting one half: (n,) each."""
-    batch = batch.to(r_phi.wte.weight.device)
-    real = batch.mask.any(-1)
-    r = last(r_phi(batch.ids[real]), batch.mask[real])
-    r = r.new_zeros(real.shape).masked_scatter(real, r)             # (P, K)
-    x, w, l = batch.pairs.T
-    margin = r[x, w] - r[x, l]
+# ------------------------------------------------- the reward model
+
+
+def reward_loss(r_phi: ValueModel, batch: Preferences) -> tuple[Tensor, Tensor]:
+    """Eq. 2 of each pair, and whether r_phi orders it as labelled (a tie counts 1/2), (n,) each."""
+    r = at_last_token(r_phi(batch.ids), batch.mask)  # (R,)
+    r_w, r_l = r[batch.pairs].T
+    margin = r_w - r_l
     return -F.logsigmoid(margin), (margin.sign() + 1) / 2
 
 
-def accuracy(r_phi: Scalar, preferences: Preferences) -> float:
+@torch.no_grad()
+def pair_accuracy(r_phi: ValueModel, preferences: Preferences, batch_size: int = 64) -> float:
     """The share of pairs, by weight, that r_phi orders as labelled."""
-    right = 0.0
-    with torch.no_grad():
-        for prompts in torch.arange(len(preferences.ids)).split(64):
-            batch = preferences[prompts]
-            right += (batch.weight * reward_loss(r_phi, batch)[1].cpu()).sum().item()
-    return right / preferences.weight.sum().item()
+    total = 0.0
+    for prompts in preferences.prompt.unique().split(batch_size):
+        batch = preferences.select(prompts).to(r_phi.gpt.device)
+        _, correct = reward_loss(r_phi, batch)
+        total += (batch.weight * correct).sum().item()
+    return total / preferences.weight.sum().item()
 
 
-def fit_reward(pi_ref: GPT, preferences: Preferences, rates: tuple[float, ...], size: int, seed: int
-               ) -> tuple[Scalar, list[dict]]:
-    """r_phi from pi_ref's weights: one pass over the prompts at each rate, `size` of them a step, AdamW. The one of the best
-    accuracy on a tenth of the prompts, which is not trained on, looked at after each quarter of a pass, and all that was
-    looked at."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(preferences.ids)))
-    kept, others = preferences[order[:max(1, len(order) // 10)]], order[len(order) // 10:]
-    best, looked = None, []
-    for rate in rates:
-        r_phi, batches = Scalar(pi_ref).requires_grad_(True), others.split(size)
-        optimizer = torch.optim.AdamW(r_phi.parameters(), lr=rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, train.warm_then_linear(len(batches)))
-        for step, prompts in enumerate(train.tqdm(batches, desc=f"the reward model at rate {rate:g}"), 1):
-            batch = preferences[prompts]
-            losses, _ = reward_loss(r_phi, batch)
-            optimizer.zero_grad()
-            (batch.weight.to(losses) / batch.weight.sum() * losses).sum().backward()
-            nn.utils.clip_grad_norm_(r_phi.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step in {len(batches) * k // 4 for k in (1, 2, 3, 4)}:
-                looked.append(dict(rate=rate, step=step, accuracy=accuracy(r_phi, kept)))
-                if best is None or looked[-1]["accuracy"] > best[0]:
-                    best = looked[-1]["accuracy"], copy.deepcopy(r_phi)
-    return best[1].requires_grad_(False), looked
+def fit_reward(
+    pi_ref: GPT,
+    preferences: Preferences,
+    lrs: tuple[float, ...],
+    batch_size: int,
+    seed: int,
+    epochs: int = 1,
+) -> tuple[ValueModel, list[dict]]:
+    """Fit r_phi by Eq. 2 from pi_ref's weights, once per learning rate, with AdamW.
+
+    A tenth of the prompts is held out. Each run is evaluated on them after every quarter of an
+    epoch. batch_size counts prompts. Returns the r_phi with the best held-out accuracy, and all
+    evaluations.
+    """
+    prompts = preferences.prompt.unique()
+    generator = torch.Generator().manual_seed(seed)
+    prompts = prompts[torch.randperm(len(prompts), generator=generator)]
+    held_out = max(1, len(prompts) // 10)
+    validation = preferences.select(prompts[:held_out])
+    train = prompts[held_out:]
+
+    evaluations, best = [], None
+    for lr in lrs:
+        for step, r_phi in reward_steps(pi_ref, preferences, train, lr, batch_size, epochs, seed):
+            accuracy = pair_accuracy(r_phi, validation)
+            if best is None or accuracy > max(e["accuracy"] for e in evaluations):
+                best = copy.deepcopy(r_phi)
+            evaluations.append({"lr": lr, "step": step, "accuracy": accuracy})
+    return best.requires_grad_(False), evaluations
 
 
-def reward_of(r_phi: Scalar) -> Reward:
-    """r_phi as PPO asks it."""
+def reward_steps(
+    pi_ref: GPT,
+    preferences: Preferences,
+    prompts: Tensor,
+    lr: float,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+) -> Iterator[tuple[int, ValueModel]]:
+    """Train r_phi, and yield it with its step after every quarter of an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(prompts), generator=generator) for _ in range(epochs)]
+    batches = [batch for order in orders for batch in prompts[order].split(batch_size)]
+    evaluated = {len(batches) * k // (4 * epochs) for k in range(1, 4 * epochs + 1)}
+
+    r_phi = ValueModel(pi_ref).requires_grad_(True)
+    optimizer = torch.optim.AdamW(r_phi.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(len(batches)))
+    bar = tqdm(batches, desc=f"reward model, lr {lr:g}", disable=None)
+    for step, batch_prompts in enumerate(bar, 1):
+        batch = preferences.select(batch_prompts).to(pi_ref.device)
+        losses, _ = reward_loss(r_phi, batch)
+        optimizer_step(optimizer, r_phi, (dpo.mean_weights(batch.weight) * losses).sum())
+        schedule.step()
+        if step in evaluated:
+            yield step, r_phi
+
+
+def reward_of(r_phi: ValueModel) -> Reward:
+    """r_phi as a reward function of ids and mask (B, T)."""
+
     @torch.no_grad()
-    def reward(prompts: list[Ids], responses: list[Ids]) -> Tensor:
-        ids, mask = train.joined(prompts, responses, r_phi.wte.weight.device)
-        return last(r_phi(ids), mask)
+    def reward(ids: Tensor, mask: Tensor) -> Tensor:
+        ids, mask = ids.to(r_phi.gpt.device), mask.to(r_phi.gpt.device)
+        return at_last_token(r_phi(ids), mask)
+
     return reward
 
 
-# ----------------------------------------------------------------------------- the estimates that PPO is made of
+# ------------------------------------------------- the estimates
+
 
 def token_rewards(r: Tensor, log_ratio: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """-beta log pi_old(y_t|.) / pi_ref(y_t|.) at each token of the response, and r (B,) at its last, 0 elsewhere: their sum over
-    (B, T) is r - beta log pi_old(y|x) / pi_ref(y|x), whose mean is Eq. 3."""
+    """r_t = -beta log( pi_old(y_t|.) / pi_ref(y_t|.) ), plus r at the last token.
+
+    r: (B,). log_ratio, mask: (B, T). Returns (B, T), 0 outside the mask. The sum over T is r - beta
+    log( pi_old(y|x) / pi_ref(y|x) ), and its mean over samples is Eq. 3.
+    """
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
     return torch.where(is_last, r[:, None], 0.0) - beta * log_ratio.masked_fill(~mask, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
-    """A_t = sum_{k >= 0} lam^k delta_{t+k},  delta_t = r_t + V_{t+1} - V_t:  (B, T), 0 outside the mask, as r and V are. At lam = 1
-    it is what is still to come, less V_t: unbiased whatever V is. Less of lam is steadier, and biased where V is wrong."""
+    """A_t = sum_{k >= 0} lam^k delta_{t+k},  delta_t = r_t + V_{t+1} - V_t.  1506.02438, gamma = 1.
+
+    All (B, T), and 0 outside the mask. At lam = 1, A_t is the sum of the rewards from t on minus
+    V_t, which is unbiased for every V. A smaller lam reduces the variance, and adds a bias where V
+    is wrong.
+    """
     delta = rewards + F.pad(values[:, 1:], (0, 1)) - values
-    ahead = torch.arange(mask.size(1), device=mask.device)
-    ahead = ahead[:, None] - ahead                                                      # k = (t + k) - t
-    powers = torch.where(ahead >= 0, lam ** ahead.clamp(min=0).to(delta.dtype), 0.0)    # (T, T)
-    return (delta @ powers).masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(delta)
+    A = torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.size(1))):
+        A = delta[:, t] + lam * A
+        advantages[:, t] = A
+    return advantages.masked_fill(~mask, 0.0)
 
 
-def surrogate(pi_theta: Tensor, pi_old: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """sum_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t) of each response, to be raised: token log-probabilities (B, T) ->
-    (B,). Where pi_theta = pi_old its gradient is sum_t A_t grad log pi_theta(y_t|.), the policy gradient."""
-    rho = (pi_theta - pi_old).exp()
-    return torch.minimum(rho * advantages, rho.clamp(1 - clip, 1 + clip) * advantages).sum(-1)
+def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale the advantages of all tokens under the mask to mean 0 and variance 1."""
+    A = advantages[mask]
+    scaled = (advantages - A.mean()) / (A.std(correction=0) + 1e-8)
+    return scaled.masked_fill(~mask, 0.0)
 
 
-def values_of(critic: Scalar, ids: Tensor, mask: Tensor) -> Tensor:
-    """V_t = V(x, y_<t), what is expected before token t is drawn: (B, T), 0 outside the mask."""
-    return F.pad(critic(ids[:, :-1]), (1, 0)).masked_fill(~mask, 0.0)
+def surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """sum_t min( rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t ), (B,), to be maximised.
+
+    logps, old_logps, advantages: (B, T). Where pi_theta = pi_old the gradient is the policy
+    gradient, sum_t A_t grad log pi_theta(y_t|.).
+    """
+    rho = (logps - old_logps).exp()
+    clipped = rho.clamp(1 - clip, 1 + clip)
+    return torch.minimum(rho * advantages, clipped * advantages).sum(-1)
+
+
+# ------------------------------------------------- the algorithm
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The defaults are those of the toy world."""
+
+    iterations: int = 60  # each samples one batch of responses
+    batch_size: int = 256  # responses per iteration, of as many prompts
+    epochs: int = 2  # over each batch of responses
+    minibatches: int = 2  # optimizer steps per epoch
+    lr: float = 1e-3  # peak, of the policy
+    critic_lr: float = 1e-3  # peak, of the value model
+    critic_warmup: int = 0  # first iterations, in which only the value model learns
+    lam: float = 0.95  # GAE's lambda
+    clip: float = 0.2
+    whiten: bool = False  # the advantages
+    beta: float = 0.5  # initial value; stays fixed without a target KL
+    target_kl: float | None = None  # adapt beta to this KL(pi_theta, pi_ref), in nats per response
+    gain: float = 0.3  # of the controller: beta changes by at most 0.2 * gain per iteration
+
+
+def initial_beta(target_kl: float) -> float:
+    """1 / sqrt(2 KL): at this beta the tilt by a normal reward of variance 1 has the target KL."""
+    return 1 / math.sqrt(2 * target_kl)
+
+
+def adapted_beta(beta: float, kl: float, config: PPOConfig) -> float:
+    """The proportional controller of Ziegler et al.: raise beta if the KL exceeds its target.
+
+    It starts after a quarter of the iterations. Before that the KL says little about beta, because
+    the policy is still far from its optimum.
+    """
+    error = min(max(kl / config.target_kl - 1, -0.2), 0.2)
+    return beta * (1 + config.gain * error)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses sampled from pi_old, and what an update needs to know about them."""
+
+    ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T)
+    logps: Tensor  # (B, T) log pi_old
+    advantages: Tensor  # (B, T)
+    returns: Tensor  # (B, T) advantages + V, the target of the value model
+    r: Tensor  # (B,)
+    log_ratio: Tensor  # (B,) log pi_old(y|x) / pi_ref(y|x), an unbiased estimate of the KL
 
 
 @torch.no_grad()
-def judged(pi_old: GPT, pi_ref: GPT, critic: Scalar, ids: Tensor, mask: Tensor, r: Tensor, beta: float, lam: float
-           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What PPO wants to know of responses that pi_old drew and the reward judged, r (B,): token log-probabilities under pi_old,
-    advantages and returns, (B, T) each, and log pi_old(y|x) / pi_ref(y|x), (B,)."""
-    old, ref = (dpo.response_logps(pi, ids, mask) for pi in (pi_old, pi_ref))
-    values = values_of(critic, ids, mask)
-    advantages = gae(token_rewards(r.to(old), old - ref, mask, beta), values, mask, lam)
-    return old, advantages, values + advantages, (old - ref).sum(-1)
+def rollout(
+    pi_theta: GPT,
+    pi_ref: GPT,
+    critic: ValueModel,
+    prompts: list[Ids],
+    reward: Reward,
+    end: int,
+    beta: float,
+    config: PPOConfig,
+    generator: torch.Generator,
+) -> Rollout:
+    """Sample one response to each prompt, and estimate its rewards and advantages."""
+    ids, mask, logps = sample(pi_theta, prompts, end, generator=generator)
+    T = int(mask.any(0).nonzero().max()) + 1
+    ids, mask, logps = (rows[:, :T].to(pi_theta.device) for rows in (ids, mask, logps))
+    r = reward(ids, mask).to(logps)
+    ref_logps = in_chunks(partial(dpo.response_logps, pi_ref), ids, mask).to(logps)
+    values = in_chunks(partial(token_values, critic), ids, mask).to(logps)
+    log_ratio = logps - ref_logps
+    advantages = gae(token_rewards(r, log_ratio, mask, beta), values, mask, config.lam)
+    returns = values + advantages
+    if config.whiten:
+        advantages = whiten(advantages, mask)
+    return Rollout(ids, mask, logps, advantages, returns, r, log_ratio.sum(-1))
 
 
-# ----------------------------------------------------------------------------- the algorithm
-
-@dataclass(frozen=True)
-class Tuning:
-    """PPO's dials; the toy world's; how they were chosen is told in README.md."""
-    iterations: int = 60            # of sampling, each followed by `epochs` passes over what was drawn
-    batch: int = 256                # responses an iteration, one for each prompt
-    minibatches: int = 2            # steps in a pass
-    epochs: int = 2
-    rate: float = 1e-3              # AdamW's peak, of the policy
-    critic_rate: float = 1e-3
-    lam: float = 0.95
-    clip: float = 0.2
-    gain: float = 0.3               # of the controller: beta changes by at most a fifth of it in an iteration
+def in_chunks(f: Callable[..., Tensor], *tensors: Tensor, size: int = 256) -> Tensor:
+    """f on `size` rows at a time: the logits (B, T, V) of a large batch would not fit in memory."""
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([f(*chunk) for chunk in chunks])
 
 
-def ppo(pi_ref: GPT, critic: Scalar, prompts: list[Ids], reward: Reward, end: int, target_kl: float, tuning: Tuning,
-        seed: int, beta: float | None = None) -> Iterator[tuple[GPT, dict[str, float]]]:
-    """pi_theta, from pi_ref, after each iteration, and what was seen in it: the mean reward and KL (log-ratio, nats per response) of
-    its samples, beta, and the share of tokens whose ratio was clipped. `reward` should have mean 0 and deviation 1 under
-    pi_ref. The target is a KL, for which beta is adapted; or beta is given, and kept."""
-    device, controlled = pi_ref.wte.weight.device, beta is None
-    beta = (2 * target_kl) ** -0.5 if controlled else beta
-    pi_theta, critic = (copy.deepcopy(model).requires_grad_(True) for model in (pi_ref, critic))
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-                  for model, rate in ((pi_theta, tuning.rate), (critic, tuning.critic_rate))]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, train.warm_then_linear(tuning.iterations)) for o in optimizers]
-    rng, generator = random.Random(seed), torch.Generator(device).manual_seed(seed)
-    for iteration in range(tuning.iterations):
-        xs = [prompts[i] for i in (rng.sample(range(len(prompts)), tuning.batch) if tuning.batch <= len(prompts)
-                                   else rng.choices(range(len(prompts)), k=tuning.batch))]
-        ys = sample(pi_theta, xs, end, generator=generator)
-        ids, mask = train.joined(xs, ys, device)
-        r = reward(xs, ys)
-        old, advantages, returns, log_ratio = judged(pi_theta, pi_ref, critic, ids, mask, r, beta, tuning.lam)
-        clipped = []
-        for rows in (rows for _ in range(tuning.epochs)
-                     for rows in torch.randperm(len(xs), generator=generator, device=device).chunk(tuning.minibatches)):
-            logps = dpo.response_logps(pi_theta, ids[rows], mask[rows])
-            policy_loss = -surrogate(logps, old[rows], advantages[rows], tuning.clip).mean()
-            value_loss = (values_of(critic, ids[rows], mask[rows]) - returns[rows]).square()[mask[rows]].mean() / 2
-            for optimizer, loss, model in zip(optimizers, (policy_loss, value_loss), (pi_theta, critic)):
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-            ratio = (logps - old[rows]).detach()[mask[rows]].exp()
-            clipped.append(((ratio - 1).abs() > tuning.clip).float().mean())
-        for schedule in schedules:
-            schedule.step()
-        kl = log_ratio.mean().item()
-        yield pi_theta, dict(reward=r.mean().item(), kl=kl, beta=beta, clipped=torch.stack(clipped).mean().item())
-        if controlled and iteration >= tuning.iterations // 4:
-            beta *= 1 + tuning.gain * min(max(kl / target_kl - 1, -0.2), 0.2)
+def ppo(
+    pi_ref: GPT,
+    critic: ValueModel,
+    prompts: list[Ids],
+    reward: Reward,
+    end: int,
+    config: PPOConfig,
+    seed: int,
+) -> Iterator[tuple[GPT, dict[str, float]]]:
+    """Train a copy of pi_ref, and yield it with its metrics after each iteration.
+
+    critic: copied; for instance `ValueModel(pi_ref)`, or r_phi. reward: see `Reward`.
+
+    Metrics, over the responses that the iteration sampled before its steps: reward; kl, the mean
+    log-ratio, in nats per response; length, in tokens; beta; value_loss; and clip_fraction, the
+    share of tokens whose ratio was clipped.
+    """
+    pi_theta, critic = (copy.deepcopy(m).requires_grad_(True) for m in (pi_ref, critic))
+    optimizers = adamw(pi_theta, config.lr), adamw(critic, config.critic_lr)
+    multiplier = linear_warmup_decay(config.iterations)
+    rng = random.Random(seed)
+    generator = torch.Generator(pi_ref.device).manual_seed(seed)
+    beta = config.beta
+    for i in range(config.iterations):
+        batch = draw(prompts, config.batch_size, rng)
+        sampled = rollout(pi_theta, pi_ref, critic, batch, reward, end, beta, config, generator)
+        for optimizer, lr in zip(optimizers, (config.lr, config.critic_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * multiplier(i)
+        learn_policy = i >= config.critic_warmup
+        metrics = update(pi_theta, critic, optimizers, sampled, config, learn_policy, generator)
+        kl = sampled.log_ratio.mean().item()
+        r, length = sampled.r.mean().item(), sampled.mask.sum(1).double().mean().item()
+        yield pi_theta, metrics | {"reward": r, "kl": kl, "length": length, "beta": beta}
+        if config.target_kl is not None and i >= config.iterations // 4:
+            beta = adapted_beta(beta, kl, config)
+
+
+def update(
+    pi_theta: GPT,
+    critic: ValueModel,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    sampled: Rollout,
+    config: PPOConfig,
+    learn_policy: bool,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Train both models on one rollout. Returns the means of value_loss and clip_fraction."""
+    policy_optimizer, critic_optimizer = optimizers
+    value_losses, clip_fractions = [], []
+    B, device = len(sampled.ids), sampled.ids.device
+    for _ in range(config.epochs):
+        order = torch.randperm(B, generator=generator, device=device)
+        for rows in order.chunk(config.minibatches):
+            ids, mask = sampled.ids[rows], sampled.mask[rows]
+            errors = token_values(critic, ids, mask) - sampled.returns[rows]
+            value_loss = errors[mask].square().mean() / 2
+            optimizer_step(critic_optimizer, critic, value_loss)
+            value_losses.append(value_loss.detach())
+            if not learn_policy:  # the first iterations only warm up the critic
+                continue
+            logps = dpo.response_logps(pi_theta, ids, mask)
+            old_logps, advantages = sampled.logps[rows], sampled.advantages[rows]
+            gain = surrogate(logps, old_logps, advantages, config.clip).mean()
+            optimizer_step(policy_optimizer, pi_theta, -gain)
+            rho = (logps.detach() - old_logps)[mask].exp()
+            clip_fractions.append(((rho - 1).abs() > config.clip).float().mean())
+    return {
+        "value_loss": torch.stack(value_losses).mean().item(),
+        "clip_fraction": torch.stack(clip_fractions).mean().item() if clip_fractions else 0.0,
+    }
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor):
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def draw(prompts: list[Ids], n: int, rng: random.Random) -> list[Ids]:
+    """n prompts without replacement, or with it if there are fewer."""
+    return rng.sample(prompts, n) if n <= len(prompts) else rng.choices(prompts, k=n)

@@ -1,136 +1,137 @@
-"""What a step of DPO costs at any size, as formulas that tests hold against measurement.
+"""Memory, communication and compute of a DPO step at any size, under sharding with FSDP2.
 
-    python -m beyond.scale          the formulas worked for 124M, 774M, 7B and 70B parameters, as markdown
+    python -m beyond.scale [--tokens T]     a table for 124M, 774M, 7B and 70B parameters
 
-    N  parameters       L  layers       C  width        V  vocabulary       nh  heads
-    T  tokens of a row, prompt and response; a pair is two rows, K completions of one prompt are K rows for K (K - 1) / 2 pairs
-    W  GPUs             F  FLOPs of one row's forward pass, 2 for each multiplication with its addition
+    N  parameters    L  layers    C  width    V  vocabulary    T  tokens of a row    W  GPUs
 
-Only matrix products count as FLOPs. Sizes are in bytes; weights, gradients, optimizer state and logits are float32. The models of
-7B and 70B parameters have Llama 2's layers, width, heads and vocabulary, and are otherwise GPT-2: with its MLP and its full
-attention heads they come to 6.6B and 64.7B.
+Assumptions: AdamW; parameters, gradients and moments are float32 and sharded over W GPUs;
+`fully_shard` of each block and of the rest, with param_dtype bfloat16 and reduce_dtype float32;
+activation checkpointing of each block; attention that does not keep its probabilities; one pair
+for each GPU; log pi_ref computed before training. Sizes are in bytes, and only matrix products
+count as FLOPs, 2 for each multiply-add. The models of 7B and 70B parameters have Llama 2's layers,
+width, heads and vocabulary, and GPT-2's blocks.
 
-What this file does not count: fragmentation, the buckets and buffers of a framework, the causal mask, and time.
+The parameters, FLOPs, activations and optimizer state were measured on small models; see
+tests/test_scale.py. The rest are formulas. What this file leaves out: fragmentation, buffers of the
+framework, and time.
 """
+
 import argparse
 import sys
 
 from beyond.gpt2 import PUBLISHED
-from kit.terminal import Parser
+from lib import cli
 from model import GPTConfig
 
-MODELS = {name: PUBLISHED[name] for name in ("124M", "774M")} | {
-    "7B": GPTConfig(32000, 4096, 32, 32, 4096), "70B": GPTConfig(32000, 4096, 80, 64, 8192)}
-FLOAT = 4                                               # bytes
-MOMENTS = dict(sgd=0, momentum=1, adamw=2)              # numbers that an optimizer remembers for each parameter
+MODELS = {
+    "124M": PUBLISHED["gpt2"],
+    "774M": PUBLISHED["gpt2-large"],
+    "7B": GPTConfig(32000, 4096, 32, 32, 4096),
+    "70B": GPTConfig(32000, 4096, 80, 64, 8192),
+}
+FLOAT, BF16 = 4, 2  # bytes
 
-
-# ----------------------------------------------------------------------------- one GPU
 
 def block_parameters(c: GPTConfig) -> int:
-    """12 C^2 in four matrices, 13 C in biases and two LayerNorms."""
-    return 12 * c.n_embd ** 2 + 13 * c.n_embd
+    """12 C^2 in four matrices, and 13 C in biases and two LayerNorms."""
+    return 12 * c.n_embd**2 + 13 * c.n_embd
 
 
 def parameters(c: GPTConfig) -> int:
-    """N = L (12 C^2 + 13 C) + (V + context) C + 2 C; the output matrix is the token embedding."""
-    return c.n_layer * block_parameters(c) + (c.vocab_size + c.context) * c.n_embd + 2 * c.n_embd
+    """N = L (12 C^2 + 13 C) + (V + context) C + 2 C. The output matrix is the token embedding."""
+    return c.n_layer * block_parameters(c) + (c.vocab_size + c.context + 2) * c.n_embd
 
 
-def forward_flops(c: GPTConfig, T: int) -> tuple[int, int]:
-    """F of a row, in the blocks and in the output matrix: 2 FLOPs a parameter and token, and 4 T C in each layer for the
-    scores and for what they weigh. As written out in model.py; a kernel that skips the future halves the 4 T C."""
-    return T * c.n_layer * (24 * c.n_embd ** 2 + 4 * T * c.n_embd), T * 2 * c.vocab_size * c.n_embd
+def forward_flops(c: GPTConfig, T: int) -> int:
+    """Of one row: L (24 C^2 T + 4 C T^2) in the blocks, and 2 V C T in the output matrix."""
+    blocks = c.n_layer * (24 * c.n_embd**2 * T + 4 * c.n_embd * T * T)
+    return blocks + 2 * c.vocab_size * c.n_embd * T
 
 
-def training_flops(c: GPTConfig, T: int, checkpointing: bool = False) -> int:
-    """3 F: the backward pass has two products for each of the forward pass's. With activation checkpointing 4 F, but for the
-    output matrix, as the blocks are computed twice."""
-    blocks, output = forward_flops(c, T)
-    return (4 if checkpointing else 3) * blocks + 3 * output
+def training_flops(c: GPTConfig, T: int, checkpointing: bool = True) -> int:
+    """3 forward passes: the backward pass has two products for each of the forward pass.
+
+    With checkpointing, the blocks compute their forward pass once more.
+    """
+    again = forward_flops(c, T) - 2 * c.vocab_size * c.n_embd * T if checkpointing else 0
+    return 3 * forward_flops(c, T) + again
 
 
-def block_activations(c: GPTConfig, T: int, width: int = FLOAT, fused: bool = False) -> int:
-    """What one block keeps of a row for its backward pass. Numbers a token: each LayerNorm's input and output 4 C, q, k and v
-    3 C, the heads' result C, the MLP's inner layer before and after GELU 8 C; and the attention probabilities nh T, unless a
-    fused kernel computes them again."""
-    return width * T * (16 * c.n_embd + (0 if fused else c.n_head * T))
+def block_activations(c: GPTConfig, T: int, width: int = BF16, fused: bool = True) -> int:
+    """What a block keeps of a row for its backward pass: 16 C T numbers, and without fused
+    attention n_head T^2 probabilities. width: bytes of a number."""
+    return width * (16 * c.n_embd * T + (0 if fused else c.n_head * T * T))
 
 
-def activations(c: GPTConfig, T: int, checkpointing: bool = False, width: int = FLOAT, fused: bool = False) -> int:
-    """All blocks', and the last LayerNorm's input and output; with checkpointing each block's input, and one whole block
-    (which, with the logits, is then more than the peak: they are gone before a block is computed again)."""
-    block, last = block_activations(c, T, width, fused), width * T * 2 * c.n_embd
-    return (width * T * c.n_layer * c.n_embd + block if checkpointing else c.n_layer * block) + last
+def activations(c: GPTConfig, T: int) -> int:
+    """Peak of a row with checkpointing: the input of each block, one whole block, and the last
+    LayerNorm's input and output."""
+    return BF16 * c.n_embd * T * (c.n_layer + 2) + block_activations(c, T)
 
 
 def logits(c: GPTConfig, T: int) -> int:
-    """The log-probabilities V T that the loss keeps, and at the peak two gradients of that size beside them."""
+    """Peak of a row: the log-probabilities V T and two gradients of that size, in float32."""
     return 3 * FLOAT * c.vocab_size * T
 
 
-def state(c: GPTConfig, optimizer: str = "adamw") -> int:
-    """Weights, gradients, and the optimizer's moments: 4 N + 4 N + 4 N or 8 N. Mixed precision with float32 masters has as
-    much: 2 N + 2 N + 12 N with AdamW."""
-    return FLOAT * parameters(c) * (2 + MOMENTS[optimizer])
+def sharded_state(c: GPTConfig, W: int) -> float:
+    """(4 + 4 + 8) N / W: parameters, gradients, and the two moments of AdamW."""
+    return 4 * FLOAT * parameters(c) / W
 
 
-def rows_per_pair(K: int) -> float:
-    """2 where each pair is computed by itself; 2 / (K - 1) where all pairs of K completions share their rows."""
-    return K / (K * (K - 1) / 2)
+def unsharded(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> int:
+    """What is gathered at a time on W > 1 GPUs.
+
+    Parameters in bfloat16: of the unit at work and the next one, or of all units without
+    reshard_after_forward. Gradients of one unit, in bfloat16 and in float32 to be reduced.
+    """
+    if W == 1:
+        return 0
+    unit = max(block_parameters(c), (c.vocab_size + c.context + 2) * c.n_embd)
+    gathered = min(2 * unit, parameters(c)) if reshard_after_forward else parameters(c)
+    return BF16 * gathered + (BF16 + FLOAT) * unit
 
 
-# ----------------------------------------------------------------------------- W GPUs
-
-def memory(c: GPTConfig, T: int, W: int, sharded: bool, precomputed: bool, pairs: int = 1) -> float:
-    """Peak bytes on each GPU, AdamW, activation checkpointing, bfloat16 activations, fused attention. pi_ref is 4 N more unless
-    its log-probabilities were computed beforehand. DDP: all on each; FSDP: a W-th of it, and whole only the unit at work, a
-    block or the embedding, with its gradient."""
-    kept = state(c) + (0 if precomputed else FLOAT * parameters(c))
-    if sharded and W > 1:
-        kept = kept / W + 2 * FLOAT * max(block_parameters(c), c.vocab_size * c.n_embd)
-    return kept + 2 * pairs * (activations(c, T, checkpointing=True, width=2, fused=True) + logits(c, T))
+def memory(c: GPTConfig, T: int, W: int, reshard_after_forward: bool = True) -> float:
+    """Peak bytes on each GPU, for one pair of two rows."""
+    state = sharded_state(c, W) + unsharded(c, W, reshard_after_forward)
+    return state + 2 * (activations(c, T) + logits(c, T))
 
 
-def communicated(c: GPTConfig, W: int, sharded: bool, precomputed: bool) -> float:
-    """Bytes that each GPU sends in a step, by rings. DDP: gradients are summed and spread, 2 (W - 1) / W * 4 N, with or without
-    pi_ref. FSDP: weights are gathered for the forward and for the backward pass, gradients summed into shards, 3 times
-    (W - 1) / W * 4 N; and a fourth to gather pi_ref's weights."""
-    times = (3 if precomputed else 4) if sharded else 2
-    return times * (W - 1) / W * FLOAT * parameters(c)
+def communication(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> float:
+    """Bytes that each GPU sends in a step, by rings: (W - 1) / W times
+
+    2 N to all-gather parameters in the forward pass, 2 N for the backward pass with
+    reshard_after_forward, and 4 N to reduce-scatter gradients.
+    """
+    gathers = 2 if reshard_after_forward else 1
+    return (W - 1) / W * parameters(c) * (gathers * BF16 + FLOAT)
 
 
-# ----------------------------------------------------------------------------- the tables
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
-def tables(T: int = 512) -> str:
-    """One pair of two rows of T tokens: what it costs, and how much of it lies on each of W GPUs."""
-    def digits(x: float) -> str:
-        return f"{x:,.{2 if x < 10 else 1 if x < 100 else 0}f}"
-
-    def gb(size: float) -> str:
-        return digits(size / 1e9)
-    one = [[name, digits(parameters(c) / 1e9), *map(gb, (
-        FLOAT * parameters(c), state(c, "momentum"), state(c), 2 * activations(c, T, width=2),
-        2 * activations(c, T, width=2, fused=True), 2 * activations(c, T, True, width=2, fused=True), 2 * logits(c, T))), *(
-            digits(2 * flops / 1e12) for flops in (sum(forward_flops(c, T)), training_flops(c, T), training_flops(c, T, True)))]
-           for name, c in MODELS.items()]
-    kinds = [(f"{'FSDP' if sharded else 'DDP'}, pi_ref {'precomputed' if precomputed else 'at hand'}", sharded, precomputed)
-             for sharded in (False, True) for precomputed in (False, True)]
-    many = [[name, kind, *(gb(memory(c, T, W, *how)) for W in (1, 8, 64)), *(gb(communicated(c, W, *how)) for W in (8, 64))]
-            for name, c in MODELS.items() for kind, *how in kinds]
-    return "\n\n".join((
-        markdown(["model", "N, 10^9", "pi_ref, GB", "SGD, GB", "AdamW, GB", "activations, GB", "fused", "checkpointed", "logits, GB",
-                  "pi_ref, TFLOP", "pi_theta, TFLOP", "checkpointed"], one),
-        markdown(["model", "how", "1 GPU, GB", "8", "64", "sent by each of 8, GB", "of 64"], many)))
+def table(T: int) -> str:
+    """A row for each model and number of GPUs."""
+    titles = ["model", "N, 10^9", "GPUs", "state, GB", "gathered, GB", "activations and logits, GB"]
+    titles += ["total, GB", "sent, GB", "TFLOP per pair", "pi_ref once, TFLOP per pair"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, c in MODELS.items():
+        for W in (1, 8, 64):
+            rows = 2 * (activations(c, T) + logits(c, T))
+            sizes = sharded_state(c, W), unsharded(c, W), rows, memory(c, T, W), communication(c, W)
+            flops = 2 * training_flops(c, T), 2 * forward_flops(c, T)
+            numbers = [f"{x / 1e9:,.1f}" for x in sizes] + [f"{x / 1e12:,.1f}" for x in flops]
+            cells = [name, f"{parameters(c) / 1e9:.3g}", str(W), *numbers]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
-    Parser(prog="scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    print(tables())
+    style = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="beyond.scale", description=__doc__, formatter_class=style)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each row (512)")
+    args = parser.parse_args(argv)
+    if not 1 <= args.tokens <= 1024:
+        parser.error(f"--tokens {args.tokens}: must be from 1 to 1024, GPT-2's context")
+    print(table(args.tokens))
     return 0
 
 

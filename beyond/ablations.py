@@ -1,0 +1,442 @@
+"""Six ablations: a known failure of DPO, and whether the proposed fix works.
+
+    python -m beyond.ablations [train.py's flags] [--studies noise certainty ...]
+    python -m beyond.ablations --summary DIR DIR ...     # the table over finished runs
+
+    noise           a fifth of the labels is flipped            DPO, cDPO, robust DPO, IPO
+    certainty       the better response always wins             DPO, IPO
+    verbosity       labels that favour length                   DPO, R-DPO, SimPO, LD-DPO
+    displacement    log pi(y_w) falls while the margin grows    DPO, DPO-Positive
+    epochs          many epochs on few prompts                  DPO offline, DPO online
+    coverage        responses that no pair connects             DPO, exactly, on four responses
+
+Data, pi_ref, learning rates and evaluation are compare.py's.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import dpo
+import train
+from beyond import common, compare, losses
+from beyond.common import Experiment
+from beyond.compare import METHODS
+from data import Dataset
+from dpo import Preferences
+from lib.checkpoint import load_gpt
+from lib.cli import flag
+from lib.inference import compute_logps
+from lib.io import BadInput
+from lib.report import BLUE, ORANGE
+from lib.stage import Stage
+
+PER_TOKEN = 0.3  # nats that the labels of `verbosity` add per token
+FLIPPED = 0.2  # share of the labels in `noise`
+REWARDS = (-1.0, -3.0, 3.0, 3.0)  # of the four responses of `coverage`
+STUDIES = ("noise", "certainty", "verbosity", "displacement", "epochs", "coverage")
+
+
+@dataclass(frozen=True)
+class Config(compare.Config):
+    """compare.py's settings."""
+
+    rounds: int = flag(8, "epochs of the studies of many epochs", 1, 64)
+    studies: tuple = flag(STUDIES, "studies to run", choices=STUDIES)
+    methods: tuple = flag(())  # no flag
+    times: float = flag(1.0)
+
+
+# ------------------------------------------------- labels of other kinds
+
+
+def relabel(preferences: Preferences, p: Tensor, seed: int) -> Preferences:
+    """The same pairs; each keeps its order with probability p (n,), and is flipped otherwise."""
+    u = torch.rand(p.shape, generator=torch.Generator().manual_seed(seed))
+    pairs = torch.where((u < p)[:, None], preferences.pairs, preferences.pairs.flip(1))
+    return dataclasses.replace(preferences, pairs=pairs)
+
+
+def gap(values: Tensor, preferences: Preferences) -> Tensor:
+    """values (R,) of y_w minus those of y_l, (n,)."""
+    of_w, of_l = values[preferences.pairs].T
+    return of_w - of_l
+
+
+def noisy(preferences: Preferences, seed: int) -> Preferences:
+    """A fifth of the labels is flipped."""
+    return relabel(preferences, torch.full_like(preferences.weight, 1 - FLIPPED), seed)
+
+
+def certain(preferences: Preferences, dataset: Dataset, reference: dict, seed: int) -> Preferences:
+    """A tenth of the prompts; the better response always wins, and ties are dropped."""
+    few = first_tenth(preferences)
+    r = gap(common.true_reward(dataset, reference)(few.ids, few.mask), few)
+    untied = dataclasses.replace(few, pairs=few.pairs[r != 0], weight=few.weight[r != 0])
+    return relabel(untied, (r[r != 0] > 0).float(), seed)
+
+
+def first_tenth(preferences: Preferences) -> Preferences:
+    P = int(preferences.prompt.max()) + 1
+    return common.subset(preferences, torch.arange(max(2, P // 10)))
+
+
+def verbose(preferences: Preferences, dataset: Dataset, reference: dict, seed: int) -> Preferences:
+    """Bradley-Terry labels of r* + PER_TOKEN |y|."""
+    r = common.true_reward(dataset, reference)(preferences.ids, preferences.mask)
+    favoured = r + PER_TOKEN * preferences.mask.sum(1)
+    return relabel(preferences, torch.sigmoid(gap(favoured, preferences)), seed)
+
+
+# ------------------------------------------------- studies of one run each
+
+
+def loss_and_lr(name: str, strength: int, **hyper: float) -> tuple[dpo.Loss, float]:
+    """compare.py's loss and learning rate, with other hyperparameters as given."""
+    method = METHODS[name]
+    return partial(method.loss, **method.strengths()[strength] | hyper), method.lrs[strength]
+
+
+def trained(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float) -> dict:
+    """The evaluation of one run."""
+    policy = common.train_on_pairs(stage, name, e, preferences, loss, lr)
+    return common.evaluated(stage, name, e, policy)
+
+
+def noise(stage: Stage, e: Experiment) -> dict[str, dict]:
+    """Beta 0.5; losses with an epsilon know the share of flipped labels."""
+    flipped = stage("noisy", noisy, e.preferences, e.cfg.seed)
+    args = e.preferences, *loss_and_lr("dpo", 1)
+    found = {"dpo, clean labels": trained(stage, e, "noise-clean", *args)}
+    hyper = {"dpo": {}, "cdpo": {"epsilon": FLIPPED}, "robust": {"epsilon": FLIPPED}, "ipo": {}}
+    for name, more in hyper.items():
+        args = flipped, *loss_and_lr(name, 1, **more)
+        found[name] = trained(stage, e, f"noise-{name}", *args)
+    return found
+
+
+def verbosity(stage: Stage, e: Experiment) -> dict[str, dict]:
+    """Beta 1. R-DPO knows the reward per token."""
+    args = e.preferences, e.dataset, e.reference, e.cfg.seed
+    labelled = stage("verbose", verbose, *args)
+    found = {}
+    for name, more in {"dpo": {}, "r_dpo": {"alpha": PER_TOKEN}, "simpo": {}, "ld_dpo": {}}.items():
+        args = labelled, *loss_and_lr(name, 0, **more)
+        found[name] = trained(stage, e, f"verbosity-{name}", *args)
+    return found
+
+
+def optima(e: Experiment) -> dict[str, dict]:
+    """Gain and length of the optimum at beta 1: of r*, and of the labels of `verbosity`."""
+    r, length = e.eval_set.rewards.double(), e.ref_lengths.double()
+    found = {}
+    for name, favoured in (("optimum of r*", r), ("optimum of the labels", r + PER_TOKEN * length)):
+        w = favoured.softmax(1)  # Eq. 4 over samples of pi_ref
+        gain, tokens = ((w * v).sum(1).mean().item() for v in (r - r.mean(), length))
+        found[name] = {"gain": gain, "length": tokens}
+    return found
+
+
+# ------------------------------------------------- studies of several epochs
+
+
+def train_epochs(
+    reference: dict,
+    preferences: Preferences,
+    loss: dpo.Loss,
+    optimizer: str,
+    lr: float,
+    batch_size: int,
+    prompts: list,
+    rounds: int,
+    seed: int,
+    device: torch.device,
+) -> dict:
+    """Several epochs over the same pairs, each with its own schedule, as for fresh pairs.
+
+    Returns the checkpoint after each, and the mean change of log pi(y_w) and log pi(y_l), A and B.
+    """
+    policy, policies, A, B = reference, [], [0.0], [0.0]
+    for k in range(rounds):
+        how = optimizer, lr, 1, batch_size, prompts, seed + k, device
+        policy = train.train_dpo(policy, preferences, loss, *how)
+        policies.append(policy)
+        logps = compute_logps(load_gpt(policy, device), preferences.ids, preferences.mask)
+        for means, ratios in zip((A, B), losses.log_ratios(logps, preferences), strict=True):
+            means.append(ratios.mean().item())
+    return {"policies": policies, "A": A, "B": B}
+
+
+def train_online(
+    reference: dict,
+    preferences: Preferences,
+    loss: dpo.Loss,
+    optimizer: str,
+    lr: float,
+    batch_size: int,
+    dataset: Dataset,
+    beta: float,
+    K: int,
+    rounds: int,
+    seed: int,
+    device: torch.device,
+) -> dict:
+    """Several epochs over the same prompts, which pi_theta completes again before each."""
+    policy, policies = reference, []
+    for k in range(rounds):
+        args = preferences, policy, reference, dataset, K, beta, 1000 * seed + k, device
+        fresh = compare.online(compare.make_round(*args))
+        how = optimizer, lr, 1, batch_size, dataset.eval_prompts, seed + k, device
+        policy = train.train_dpo(policy, fresh, loss, *how)
+        policies.append(policy)
+    return {"policies": policies}
+
+
+def over_epochs(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float) -> dict:
+    """The stage of `train_epochs`."""
+    cfg = e.cfg
+    args = cfg.optimizer, lr * cfg.lr, cfg.batch_size, e.dataset.eval_prompts, cfg.rounds
+    return stage(name, train_epochs, e.reference, preferences, loss, *args, cfg.seed, e.device)
+
+
+def walks(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> dict[str, dict]:
+    """Losses at beta 1 on certain labels: where --rounds epochs lead, and A and B after each."""
+    args = e.preferences, e.dataset, e.reference, e.cfg.seed
+    labelled = stage("certain", certain, *args)
+    found = {}
+    for name, more in hyper.items():
+        path = over_epochs(stage, e, f"{study}-{name}", labelled, *loss_and_lr(name, 0, **more))
+        point = common.evaluated(stage, f"{study}-{name}", e, path["policies"][-1])
+        found[name] = point if stage.plan else point | {"A": path["A"], "B": path["B"]}
+    return found
+
+
+def certainty(stage: Stage, e: Experiment) -> dict[str, dict]:
+    return walks(stage, e, "certainty", {"dpo": {}, "ipo": {}})
+
+
+def displacement(stage: Stage, e: Experiment) -> dict[str, dict]:
+    return walks(stage, e, "displacement", {"dpo": {}, "dpop": {"lam": 5.0}})
+
+
+def epochs(stage: Stage, e: Experiment) -> dict[str, dict]:
+    """Beta 0.5, after 1, 2, 4, ... epochs over a tenth of the prompts."""
+    cfg, (loss, lr) = e.cfg, loss_and_lr("dpo", 1)
+    few = stage("first-tenth", first_tenth, e.preferences)
+    args = cfg.optimizer, lr * cfg.lr, cfg.batch_size, e.dataset, 0.5, cfg.completions, cfg.rounds
+    paths = {"offline": over_epochs(stage, e, "epochs-offline", few, loss, lr)}
+    args = *args, cfg.seed, e.device
+    paths["online"] = stage("epochs-online", train_online, e.reference, few, loss, *args)
+    found = {}
+    for name, path in paths.items():
+        for k in (2**i for i in range(cfg.rounds.bit_length())):
+            point = common.evaluated(stage, f"epochs-{name}-{k}", e, path["policies"][k - 1])
+            found[f"{name}, {k}"] = point
+    return found
+
+
+# ------------------------------------------------- an exact study
+
+
+def coverage() -> dict[str, dict]:
+    """Four responses; pairs compare the first two, and the last two.
+
+    Minimises the expectation of Eq. 7 over Bradley-Terry labels at beta 1, from a uniform pi_ref.
+    """
+    r, ref = torch.tensor(REWARDS).double(), torch.full((4,), 0.25).double().log()
+
+    def minimiser(compared: list[tuple[int, int]]) -> Tensor:
+        w, l = torch.tensor([pair for i, j in compared for pair in ((i, j), (j, i))]).T
+        p = dpo.bradley_terry(r[w], r[l])
+        logits = torch.zeros(4, dtype=torch.double, requires_grad=True)
+        for _ in range(3000):
+            pi = logits.log_softmax(-1)
+            loss = (p * dpo.dpo_loss(pi[w], pi[l], ref[w], ref[l], 1.0)[0]).sum()
+            (gradient,) = torch.autograd.grad(loss, logits)
+            logits = (logits - 1.5 * gradient).detach().requires_grad_()
+        return logits.log_softmax(-1).detach()
+
+    policies = {"pi_ref": ref, "two islands": minimiser([(0, 1), (2, 3)])}
+    policies["with a bridge"] = minimiser([(0, 1), (2, 3), (1, 2)])
+    policies["optimum"] = dpo.optimal_policy(ref, r, 1.0)[0]
+    start = (ref.exp() @ r).item()
+    return {
+        name: {"p": pi.exp().tolist(), "gain": (pi.exp() @ r).item() - start}
+        for name, pi in policies.items()
+    }
+
+
+RUN: dict[str, Callable] = {
+    "noise": noise,
+    "certainty": certainty,
+    "verbosity": verbosity,
+    "displacement": displacement,
+    "epochs": epochs,
+}
+
+
+def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict] | None:
+    """The studies. Returns results.json and one figure."""
+    e = common.prepare(cfg, stage, device)
+    found = {}
+    for name in (name for name in cfg.studies if name in RUN):
+        found[name] = RUN[name](stage, e)
+    exact = stage("coverage", coverage) if "coverage" in cfg.studies else None
+    if stage.plan:
+        return None
+    rows = [
+        {"study": study, "method": method}
+        | common.kept(p)
+        | {k: p[k] for k in ("A", "B") if k in p}
+        for study, points in found.items()
+        for method, p in points.items()
+    ]
+    results = common.about(e) | {"points": rows, "optima": optima(e), "coverage": exact}
+    return results, {"figure.png": draw(results, cfg.studies)}
+
+
+# ------------------------------------------------- the table and the figure
+
+COLUMNS = {
+    "gain": "gain",
+    "kl": "KL",
+    "p_positive": "P(positive)",
+    "length": "length",
+    "fraction_of_optimal": "fraction",
+}
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown: each study's runs, mean and standard deviation over seeds.
+
+    A and B are the mean changes of log pi(y_w) and log pi(y_l) on the training pairs at the end.
+    Raises BadInput if the runs are not of the same studies.
+    """
+    named = [[(p["study"], p["method"]) for p in run["points"]] for run in runs]
+    if any(each != named[0] for each in named):
+        raise BadInput("these runs are not of the same studies")
+    rows = []
+    for points in zip(*(run["points"] for run in runs), strict=True):
+        cells = [common.cell([p[key] for p in points]) for key in COLUMNS]
+        ends = [common.cell([p[k][-1] if k in p else None for p in points]) for k in ("A", "B")]
+        rows.append([points[0]["study"], points[0]["method"], *cells, *ends])
+    for name in runs[0]["optima"]:
+        gain, length = (
+            common.cell([r["optima"][name][k] for r in runs]) for k in ("gain", "length")
+        )
+        rows.append(["verbosity", name, gain, "-", "-", length, "-", "-", "-"])
+    for name, policy in (runs[0]["coverage"] or {}).items():
+        rows.append(["coverage", name, f"{policy['gain']:.2f}", *["-"] * 6])
+    return common.markdown(["study", "method", *COLUMNS.values(), "A", "B"], rows)
+
+
+def draw(results: dict, studies: tuple[str, ...]) -> Figure:
+    """One panel for each study."""
+    figure = Figure((12, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    for ax, study in zip(axes, studies, strict=False):
+        points = {p["method"]: p for p in results["points"] if p["study"] == study}
+        DRAW[study](ax, results, points)
+    for ax in list(axes):
+        ax.set_axis_off()
+    cfg = results["config"]
+    figure.suptitle(f"{cfg['data']}, seed {cfg['seed']}")
+    return figure
+
+
+def colour(name: str) -> str:
+    return ORANGE if name.startswith(("dpo", "offline")) and name != "dpop" else BLUE
+
+
+def draw_noise(ax, results: dict, points: dict):
+    common.draw_optimum(ax, results, "gain", 1.5 * max(p["kl"] for p in points.values()))
+    for name, p in points.items():
+        fill = "none" if "clean" in name else None
+        ax.plot(p["kl"], p["gain"], "o", color=colour(name), mfc=fill)
+        common.label(ax, name, p["kl"], p["gain"], xytext=(6, -6))
+    right = 1.5 * max(p["kl"] for p in points.values())
+    ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
+    ax.set(xlabel="KL, nats", ylabel="gain, nats", title="a fifth of the labels is flipped")
+
+
+def draw_certainty(ax, results: dict, points: dict):
+    tau = METHODS["ipo"].strengths()[0]["beta"]
+    ax.axhline(1 / (2 * tau), color="0.6", ls=":")
+    common.label(ax, "IPO's optimum, 1/(2 beta)", 0, 1 / (2 * tau), xytext=(5, 7))
+    for name, p in points.items():
+        h = np.subtract(p["A"], p["B"])
+        ax.plot(h, "o-", color=colour(name), ms=4)
+        common.label(ax, name, len(h) - 1, h[-1])
+    ax.margins(x=0.15)
+    ax.set(
+        xlabel="epoch", ylabel="h, mean over pairs, nats", title="the better response always wins"
+    )
+
+
+def draw_verbosity(ax, results: dict, points: dict):
+    for name, p in points.items():
+        ax.plot(p["length"], p["gain"], "o", color=colour(name))
+        common.label(ax, name, p["length"], p["gain"])
+    for name, p in results["optima"].items():
+        ax.plot(p["length"], p["gain"], "s", color="0.3", mfc="none")
+        common.label(ax, name, p["length"], p["gain"], xytext=(5, 8))
+    ax.margins(x=0.5)
+    ax.set(xlabel="length, tokens", ylabel="gain, nats", title="labels favour length")
+
+
+def draw_displacement(ax, results: dict, points: dict):
+    ax.axhline(0, color="0.8", lw=0.8)
+    for name, p in points.items():
+        for key, style, y in (("A", "-", "y_w"), ("B", "--", "y_l")):
+            ax.plot(p[key], style, color=colour(name))
+            common.label(ax, f"{name}, ${y}$", len(p[key]) - 1, p[key][-1])
+    ax.margins(x=0.25)
+    ax.set(xlabel="epoch", ylabel=r"change of log $\pi$, nats", title="displacement")
+
+
+def draw_epochs(ax, results: dict, points: dict):
+    common.draw_optimum(ax, results, "gain", 1.3 * max(p["kl"] for p in points.values()))
+    for name in ("offline", "online"):
+        path = [(p["kl"], p["gain"]) for key, p in points.items() if key.startswith(name)]
+        ax.plot(*zip(*path, strict=True), "o-", color=colour(name), ms=4)
+        common.label(ax, name, *path[-1])
+    right = 1.3 * max(p["kl"] for p in points.values())
+    ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
+    ax.set(xlabel="KL, nats", ylabel="gain, nats", title="1, 2, 4, 8 epochs on few prompts")
+
+
+def draw_coverage(ax, results: dict, points: dict):
+    looks = zip(results["coverage"].items(), (BLUE, ORANGE, "0.5", "white"), strict=True)
+    for k, ((name, policy), color) in enumerate(looks):
+        x = np.arange(4) + 0.2 * k
+        text = f"{name}: gain {policy['gain']:+.2f}"
+        ax.bar(x, policy["p"], 0.2, color=color, edgecolor="0.2", lw=0.6, label=text)
+    names = [f"$y_{i + 1}$, r = {r:g}" for i, r in enumerate(REWARDS)]
+    ax.set_xticks(np.arange(4) + 0.3, names, fontsize="small")
+    ax.set(ylim=(0, 1), ylabel="probability", title="pairs ($y_1$, $y_2$) and ($y_3$, $y_4$)")
+    ax.legend(frameon=False, fontsize="small")
+
+
+DRAW = {
+    "noise": draw_noise,
+    "certainty": draw_certainty,
+    "verbosity": draw_verbosity,
+    "displacement": draw_displacement,
+    "epochs": draw_epochs,
+    "coverage": draw_coverage,
+}
+
+
+def main(argv: list[str]) -> int:
+    return common.command("ablations.py", __doc__, Config, argv, run, table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,228 @@
+"""Write one page about a run: figure, training curves, table, settings, command and samples.
+
+    python -m beyond.page out       writes out/report.html from out/results.json
+
+The page contains everything it shows and loads nothing. In the samples, the colour of a word is its
+contribution in context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and
+orange for pi_theta, as in the figures; so words that raise r* are green and underlined, and words
+that lower it are red with a dotted underline.
+"""
+
+import argparse
+import base64
+import dataclasses
+import io
+import json
+import shlex
+import sys
+from html import escape
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from beyond.sample import printable, true_reward
+from data import Reward
+from lib import cli, report
+from lib.io import BadInput, atomic_write, open_user_file
+from train import Config
+
+STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the least contribution that is coloured
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --line: #ccc; --soft: #f4f4f4;
+        --plus: 0, 140, 60; --minus: 205, 35, 50; --blue: #1b6ca8; --orange: #b84f00 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --page: #16181b; --line: #444; --soft: #22252a;
+          --plus: 60, 190, 110; --minus: 250, 90, 100; --blue: #6db3e8; --orange: #f59b4c } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page);
+       color: var(--text); font: 1rem/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+img { display: block; width: 100%; height: auto; background: #fff; border-radius: .4rem }
+figure { margin: 1rem 0 } figcaption { font-size: .9rem }
+.wide { overflow-x: auto }
+.wide img { min-width: 44rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right;
+         white-space: nowrap }
+.settings td, .settings th { text-align: left; white-space: normal; overflow-wrap: anywhere }
+pre { background: var(--soft); padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere }
+.policies { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)) }
+.policies p { margin: 0; padding: .5rem .7rem; background: var(--soft); overflow-wrap: anywhere;
+              border-left: .3rem solid var(--orange) }
+.policies p.ref { border-color: var(--blue) }
+.name { display: block; font-size: .85rem; font-weight: 600; color: var(--orange) }
+.ref .name { color: var(--blue) }
+.plus { background: rgba(var(--plus), var(--a)); text-decoration: underline }
+.minus { background: rgba(var(--minus), var(--a)); text-decoration: underline dotted }
+"""
+
+
+# ------------------------------------------------- parts of the page
+
+
+def tag(name: str, content: str, **attributes: str) -> str:
+    """An element with content that is HTML already."""
+    text = "".join(f' {key.strip("_")}="{escape(value)}"' for key, value in attributes.items())
+    return f"<{name}{text}>{content}</{name}>"
+
+
+def figure(drawing: Figure, caption: str) -> str:
+    """A drawing as a PNG in the page, which scrolls sideways on a narrow screen if it must."""
+    drawing.savefig(buffer := io.BytesIO(), format="png", dpi=110)
+    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img src="{source}" alt="{escape(caption)}">'
+    if drawing.get_figwidth() > 10:
+        image = tag("div", image, class_="wide")
+    return tag("figure", image + tag("figcaption", escape(caption)))
+
+
+def points_table(points: list[dict]) -> str:
+    """The results of each beta. Each cell keeps its exact value."""
+    names = [name for name in report.TABLE if name in points[0]]
+    rows = [tag("tr", "".join(tag("th", escape(report.TABLE[name])) for name in names))]
+    for point in points:
+        cells = []
+        for name in names:
+            value = point[name]
+            shown = "-" if value is None else f"{value:.3g}"
+            cells.append(tag("td", shown, title=f"{name} = {json.dumps(value)}"))
+        rows.append(tag("tr", "".join(cells)))
+    return tag("div", tag("table", "".join(rows)), class_="wide")
+
+
+def settings_table(values: dict) -> str:
+    rows = []
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        rows.append(tag("tr", tag("th", escape(name)) + tag("td", escape(text))))
+    return tag("table", "".join(rows), class_="settings")
+
+
+def command(config: dict) -> str:
+    """The command line of a run: the settings that differ from the defaults of its dataset."""
+    dataset = config["data"] if config["data"] in ("toy", "imdb") else "own"
+    words = ["python", "train.py"]
+    for field in dataclasses.fields(Config):
+        default = field.metadata["presets"].get(dataset, field.default)
+        default = list(default) if isinstance(default, tuple) else getattr(default, "name", default)
+        value = config[field.name]
+        if field.metadata["help"] and value not in (None, default):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
+
+
+# ------------------------------------------------- samples
+
+
+def contributions(text: str, reward: Reward) -> list[float]:
+    """r*(text) - r*(text without the word) of each word of a text, in nats."""
+    words = text.split()
+    without = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
+    r = reward([" ".join(words), *without])
+    return (r[0] - r[1:]).tolist()
+
+
+def coloured(word: str, value: float) -> str:
+    word = escape(printable(word))
+    if abs(value) < VISIBLE:
+        return word
+    kind, strength = "plus" if value > 0 else "minus", min(1.0, abs(value) / STRONG)
+    style = f"--a: {0.15 + 0.45 * strength:.2f}"
+    return tag("span", word, class_=kind, style=style, title=f"{value:+.2f} nats")
+
+
+def response(prompt: str, text: str, reward: Reward | None) -> str:
+    """The words after the prompt, with the colour of their contribution."""
+    words, start = text.split(), len(prompt.split())
+    values = contributions(text, reward) if reward else [0.0] * len(words)
+    return " ".join(map(coloured, words[start:], values[start:])) or "(nothing)"
+
+
+def samples(results: dict, reward: Reward | None) -> str:
+    blocks = []
+    for sample in results["samples"]:
+        cards = []
+        for name, text, r in zip(
+            results["columns"], sample["texts"], sample["rewards"], strict=True
+        ):
+            about = name if r is None else f"{name}: r* = {r:+.2f}"
+            heading = tag("span", escape(about), class_="name", title=json.dumps(r))
+            kind = "ref" if name == "pi_ref" else "theta"
+            cards.append(tag("p", heading + response(sample["prompt"], text, reward), class_=kind))
+        title = tag("h3", f"{escape(sample['prompt'])} ...")
+        blocks.append(title + tag("div", "".join(cards), class_="policies"))
+    return "".join(blocks)
+
+
+def colour_key(reward: Reward | None) -> str:
+    if reward is None:
+        return (
+            "<p>Words have no colour, because the true reward r* of this run is not available.</p>"
+        )
+    words = f"{coloured('green, underlined', STRONG)}, {coloured('red, dotted', -STRONG)}"
+    return (
+        "<p>r*: the true reward of prompt and response, in nats. The colour of a word is its "
+        f"contribution in context, r*(text) - r*(text without it). Key: {words}: raises or lowers "
+        f"r* by {STRONG:g} nat or more; paler: by less; no colour: by less than {VISIBLE:g}. "
+        "The bar at the left is blue for pi_ref and orange for trained policies.</p>"
+    )
+
+
+# ------------------------------------------------- the page
+
+
+def page(results: dict, reward: Reward | None) -> str:
+    points, known = results["points"], bool(results["frontier"])
+    caption = "Gain in true reward" if known else "Accuracy on held-out pairs"
+    about = {"reference": results["reference"], "labels": results["labels"]}
+    about |= {"machine": results["machine"], "seconds": results["seconds"]}
+    body = [
+        tag("h1", escape(results["title"])),
+        tag("p", escape(report.summary(results).splitlines()[-1])) if known else "",
+        figure(report.draw_frontier(results), f"{caption} against KL from pi_ref, for each beta."),
+        tag("h2", "Results"),
+        points_table(points),
+        "<p>Rewards and KL are in nats per response. The exact value is in each cell's title.</p>",
+        tag("h2", "Training"),
+        figure(report.draw_curves(results["curves"]), "Metrics of each step, with a running mean."),
+        tag("h2", "Samples"),
+        colour_key(reward),
+        samples(results, reward),
+        tag("h2", "Settings"),
+        tag("pre", escape(command(results["config"]))),
+        tag(
+            "details", "<summary>All settings</summary>" + settings_table(results["config"] | about)
+        ),
+    ]
+    head = [
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<link rel="icon" href="data:,">',
+        tag("title", escape(results["title"])),
+        tag("style", STYLE),
+    ]
+    content = "\n".join(["<!doctype html>", '<html lang="en">', *head, "<body>", *body])
+    return content + "\n</body></html>\n"
+
+
+def main(argv: list[str]) -> int:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="beyond.page", description=__doc__, formatter_class=style)
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    args = parser.parse_args(argv)
+    path = args.run / "results.json"
+    try:
+        with open_user_file(path, "the results of train.py"):
+            results = json.loads(path.read_bytes())
+            content = page(results, true_reward(args.run) if results["frontier"] else None)
+        atomic_write(args.run / "report.html", content.encode())
+        print(f"see {args.run / 'report.html'}")
+    except (BadInput, OSError) as e:
+        print(f"beyond.page: {' '.join(str(e).split())[:500]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
