@@ -1,57 +1,153 @@
-"""Answers to the exercises of derive.ipynb: one that is right, and some that are wrong, each named for what is wrong."""
+"""Solutions to the exercises of derive.ipynb, and wrong answers, each named for its mistake."""
+
 import torch
-from torch.nn.functional import logsigmoid, softplus
 
 
-def my_reward(pi_theta, pi_ref, beta):
-    return beta * (pi_theta - pi_ref)
+def my_gradient(theta, ref_logp, w, l, beta):
+    """Exercise 1: -beta sigma(r_hat_l - r_hat_w) (e_w - e_l), averaged over the pairs."""
+    log_ratio = theta.log_softmax(-1) - ref_logp
+    margin = beta * (log_ratio[w] - log_ratio[l])  # (n,)
+    weight = torch.sigmoid(-margin)
+    unit = torch.eye(len(theta), dtype=theta.dtype)
+    bracket = unit[w] - unit[l]  # (n, K)
+    return -beta * (weight[:, None] * bracket).mean(0)
 
 
-def my_loss(pi_theta_w, pi_theta_l, pi_ref_w, pi_ref_l, beta):
-    return softplus(my_reward(pi_theta_l, pi_ref_l, beta) - my_reward(pi_theta_w, pi_ref_w, beta))
+def my_ranking_loss(logp, ref_logp, order, beta):
+    """Exercise 2: minus the sum over k of r_hat_k - log sum_{j >= k} exp(r_hat_j)."""
+    r_hat = beta * (logp - ref_logp)[order]
+    loss = 0.0
+    for k in range(len(r_hat)):
+        loss = loss - (r_hat[k] - r_hat[k:].logsumexp(0))
+    return loss
 
 
-def my_optimum(pi_ref, r, beta):
-    return (pi_ref + r / beta).log_softmax(-1)
+def my_response_logp(logits, ids, mask):
+    """Exercise 3: shift, select, mask, sum."""
+    logps = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
+    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
+    return logps.masked_fill(~mask[:, 1:], 0.0).sum(-1)
 
 
-RIGHT = {"my_reward": my_reward, "my_loss": my_loss, "my_optimum": my_optimum}
+def my_frontier(r, beta):
+    """Exercise 4: self-normalised weights within each prompt, then the mean over prompts."""
+    log_w = (r / beta).log_softmax(-1)  # (P, N)
+    w = log_w.exp()
+    reward = (w * r).sum(-1)
+    kl = (w * (log_w + torch.tensor(float(r.size(-1))).log())).sum(-1)
+    return reward.mean(), kl.mean()
+
+
+RIGHT = {f.__name__: f for f in (my_gradient, my_ranking_loss, my_response_logp, my_frontier)}
+
+
+def repeated_responses_counted_once(theta, ref_logp, w, l, beta):
+    log_ratio = theta.log_softmax(-1) - ref_logp
+    weight = torch.sigmoid(-beta * (log_ratio[w] - log_ratio[l])) / len(w)
+    gradient = torch.zeros_like(theta)
+    gradient[w] -= beta * weight
+    gradient[l] += beta * weight
+    return gradient
+
+
+def weight_reversed(theta, ref_logp, w, l, beta):
+    return -my_gradient(theta, ref_logp, l, w, beta)
+
+
+def weight_always_one_half(theta, ref_logp, w, l, beta):
+    unit = torch.eye(len(theta), dtype=theta.dtype)
+    return -beta / 2 * (unit[w] - unit[l]).mean(0)
+
+
+def reference_forgotten(theta, ref_logp, w, l, beta):
+    return my_gradient(theta, 0 * ref_logp, w, l, beta)
+
+
+def one_denominator(logp, ref_logp, order, beta):
+    r_hat = beta * (logp - ref_logp)[order]
+    return -(r_hat - r_hat.logsumexp(0)).sum()
+
+
+def without_logsumexp(logp, ref_logp, order, beta):
+    r_hat = beta * (logp - ref_logp)[order]
+    return -sum(r_hat[k] - r_hat[k:].exp().sum().log() for k in range(len(r_hat)))
+
+
+def shifted(logits, ids, mask, logit_slice, id_slice, mask_slice):
+    logps = logits[:, logit_slice].float().log_softmax(-1)
+    logps = logps.gather(-1, ids[:, id_slice, None]).squeeze(-1)
+    return logps.masked_fill(~mask[:, mask_slice], 0.0).sum(-1)
+
+
+ALL, BUT_FIRST, BUT_LAST = slice(None), slice(1, None), slice(None, -1)
+
+
+def mask_as_a_factor(logits, ids, mask):
+    logps = logits[:, :-1].float().log_softmax(-1)
+    return (logps.gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(-1)
+
+
+def half_precision(logits, ids, mask):
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return logps.masked_fill(~mask[:, 1:], 0.0).sum(-1)
+
+
+def logarithm_of_weights(r, beta):
+    w = (r / beta).softmax(-1)
+    return (w * r).sum(-1).mean(), (w * (w * r.size(-1)).log()).sum(-1).mean()
+
+
+def uniform_forgotten(r, beta):
+    log_w = (r / beta).log_softmax(-1)
+    return (log_w.exp() * r).sum(-1).mean(), (log_w.exp() * log_w).sum(-1).mean()
+
+
+def pooled_prompts(r, beta):
+    return my_frontier(r.flatten()[None], beta)
+
 
 WRONG = {
-    "my_reward": {
-        "beta left out": lambda pi_theta, pi_ref, beta: pi_theta - pi_ref,
-        "beta squared": lambda pi_theta, pi_ref, beta: beta ** 2 * (pi_theta - pi_ref),
-        "divided by beta": lambda pi_theta, pi_ref, beta: (pi_theta - pi_ref) / beta,
-        "policies exchanged": lambda pi_theta, pi_ref, beta: beta * (pi_ref - pi_theta),
-        "a ratio of logarithms": lambda pi_theta, pi_ref, beta: beta * (pi_theta / pi_ref),
-        "a difference of probabilities": lambda pi_theta, pi_ref, beta: beta * (pi_theta.exp() - pi_ref.exp()),
-        "reference left out": lambda pi_theta, pi_ref, beta: beta * pi_theta,
-        "averaged": lambda pi_theta, pi_ref, beta: my_reward(pi_theta, pi_ref, beta).mean(),
-        "one argument too few": lambda pi_theta, pi_ref: pi_theta - pi_ref,
+    "my_gradient": {
+        "y_w and y_l exchanged": lambda t, ref, w, l, b: my_gradient(t, ref, l, w, b),
+        "sum over the pairs": lambda t, ref, w, l, b: my_gradient(t, ref, w, l, b) * len(w),
+        "sign lost": lambda t, ref, w, l, b: -my_gradient(t, ref, w, l, b),
+        "beta left out": lambda t, ref, w, l, b: my_gradient(t, ref, w, l, b) / b,
+        "beta left out of the margin": lambda t, ref, w, l, b: b * my_gradient(t, ref, w, l, 1.0),
+        "one row per pair": lambda t, ref, w, l, b: my_gradient(t, ref, w, l, b).expand(len(w), -1),
+        "weight reversed": weight_reversed,
+        "weight always 1/2": weight_always_one_half,
+        "reference forgotten": reference_forgotten,
+        "repeated responses counted once": repeated_responses_counted_once,
+        "an argument too few": lambda t, ref, w, l: my_gradient(t, ref, w, l, 1.0),
         "not a function": 0.0,
     },
-    "my_loss": {
-        "y_w and y_l exchanged": lambda w, l, ref_w, ref_l, beta: my_loss(l, w, ref_l, ref_w, beta),
-        "reference left out": lambda w, l, ref_w, ref_l, beta: -logsigmoid(beta * (w - l)),
-        "reference added": lambda w, l, ref_w, ref_l, beta: -logsigmoid(beta * (w - l + ref_w - ref_l)),
-        "beta left out": lambda w, l, ref_w, ref_l, beta: my_loss(w, l, ref_w, ref_l, 1.0),
-        "beta outside": lambda w, l, ref_w, ref_l, beta: beta * my_loss(w, l, ref_w, ref_l, 1.0),
-        "averaged": lambda w, l, ref_w, ref_l, beta: my_loss(w, l, ref_w, ref_l, beta).mean(),
-        "sign lost": lambda w, l, ref_w, ref_l, beta: logsigmoid(beta * (w - l - ref_w + ref_l)),
-        "no logarithm": lambda w, l, ref_w, ref_l, beta: 1 - torch.sigmoid(beta * (w - l - ref_w + ref_l)),
-        "logarithm of a sigmoid": lambda w, l, ref_w, ref_l, beta: -torch.sigmoid(beta * (w - l - ref_w + ref_l)).log(),
-        "hinge": lambda w, l, ref_w, ref_l, beta: (1 - beta * (w - l - ref_w + ref_l)).clamp(min=0),
-        "rewards returned too": lambda w, l, ref_w, ref_l, beta: (my_loss(w, l, ref_w, ref_l, beta), w, l),
+    "my_ranking_loss": {
+        "worst first": lambda p, ref, o, b: my_ranking_loss(p, ref, o.flip(0), b),
+        "beta left out": lambda p, ref, o, b: my_ranking_loss(p, ref, o, 1.0),
+        "sign lost": lambda p, ref, o, b: -my_ranking_loss(p, ref, o, b),
+        "mean": lambda p, ref, o, b: my_ranking_loss(p, ref, o, b) / len(o),
+        "order ignored": lambda p, ref, o, b: my_ranking_loss(p, ref, torch.arange(len(p)), b),
+        "reference forgotten": lambda p, ref, o, b: my_ranking_loss(p, 0 * ref, o, b),
+        "one denominator for all": one_denominator,
+        "exp overflows": without_logsumexp,
     },
-    "my_optimum": {
-        "multiplied by beta": lambda pi_ref, r, beta: (pi_ref + r * beta).log_softmax(-1),
-        "beta left out": lambda pi_ref, r, beta: (pi_ref + r).log_softmax(-1),
-        "Z left out": lambda pi_ref, r, beta: pi_ref + r / beta,
-        "reference left out": lambda pi_ref, r, beta: (r / beta).log_softmax(-1),
-        "probabilities": lambda pi_ref, r, beta: (pi_ref + r / beta).softmax(-1),
-        "reward subtracted": lambda pi_ref, r, beta: (pi_ref - r / beta).log_softmax(-1),
-        "all divided by beta": lambda pi_ref, r, beta: ((pi_ref + r) / beta).log_softmax(-1),
-        "the reference itself": lambda pi_ref, r, beta: pi_ref,
-        "log Z returned too": lambda pi_ref, r, beta: (my_optimum(pi_ref, r, beta), torch.tensor(0.0)),
+    "my_response_logp": {
+        "no shift": lambda *a: shifted(*a, ALL, ALL, ALL),
+        "shift in the wrong direction": lambda *a: shifted(*a, BUT_FIRST, BUT_LAST, BUT_LAST),
+        "mask not shifted": lambda *a: shifted(*a, BUT_LAST, BUT_FIRST, BUT_LAST),
+        "mask forgotten": lambda z, i, m: my_response_logp(z, i, torch.ones_like(m)),
+        "mean": lambda z, i, m: my_response_logp(z, i, m) / m.sum(-1),
+        "mask as a factor": mask_as_a_factor,
+        "half precision": half_precision,
+        "one value for the batch": lambda z, i, m: my_response_logp(z, i, m).sum(),
+    },
+    "my_frontier": {
+        "multiplied by beta": lambda r, b: my_frontier(r, 1 / b),
+        "pooled prompts": pooled_prompts,
+        "sum over prompts": lambda r, b: tuple(v * len(r) for v in my_frontier(r, b)),
+        "order exchanged": lambda r, b: my_frontier(r, b)[::-1],
+        "logarithm of weights": logarithm_of_weights,
+        "uniform weights forgotten": uniform_forgotten,
+        "reward only": lambda r, b: my_frontier(r, b)[0],
     },
 }

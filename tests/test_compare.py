@@ -1,16 +1,26 @@
-"""beyond/compare.py and beyond/mend.py, tiny, through their command lines; the table's arithmetic; what they refuse."""
+"""beyond/common.py and beyond/compare.py: arithmetic, and a tiny run from the command line."""
+
+import ast
+import inspect
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-import dpo
-from beyond import compare, losses, mend
-from worlds import assert_same
+import train
+from beyond import common, compare, losses
+from dpo import Preferences, frontier
+from lib import cli, evaluate
+from lib.io import file_lock
+from lib.stage import Stage
 
-TINY = "--reviews 400 --steps 15 --prompts 48 --held-out 6 --batch 12".split()
-SOME = "dpo kto simpo plackett_luce online iterative rso".split()       # one of each kind
+TINY = (
+    "--reviews 200 --sft-steps 8 --prompts 16 --eval-prompts 4 --batch-size 8 --ref-samples 32 "
+    "--eval-samples 4"
+).split()
+SOME = ["dpo", "kto_samples", "plackett_luce", "rso"]  # one of each kind
 
 
 @pytest.fixture(scope="module")
@@ -28,61 +38,181 @@ def made(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
 
 
-# --------------------------------------------------------------------------------------------- the comparison
+def toy_preferences() -> Preferences:
+    """Prompts 0, 1 and 2 with two completions each; x = (7), (8), (9)."""
+    ids = torch.tensor([[7, 1], [7, 2], [8, 1], [8, 3], [9, 1], [9, 4]])
+    mask = torch.tensor([[False, True]]).repeat(6, 1)
+    pairs = torch.tensor([[0, 1], [3, 2], [5, 4]])
+    prompt = torch.tensor([0, 0, 1, 1, 2, 2])
+    return Preferences(ids, mask, torch.zeros(6, 2), prompt, pairs, torch.ones(3))
 
-def test_every_loss_and_every_source_of_pairs_is_a_method():
-    assert set(losses.LOSSES) | {"online", "iterative", "rso"} == set(compare.METHODS)
-    for name, m in compare.METHODS.items():
-        assert len(m.strengths()) == len(m.rates) == 2 and m.why and (m.loss or name) in losses.LOSSES
+
+# ------------------------------------------------- what every method shares
 
 
-def test_a_comparison_writes_a_row_for_each_method_and_strength(out):
+def test_a_subset_numbers_its_prompts_from_0():
+    some = common.subset(toy_preferences(), torch.tensor([1, 2]))
+    assert some.prompt.tolist() == [0, 0, 1, 1]
+    assert common.prompts_of(some) == [[8], [9]]
+    assert some.ids[some.pairs[:, 0], 1].tolist() == [3, 4]
+
+
+def test_the_optimum_s_rows_agree_with_the_frontier():
+    """The importance weights of Eq. 4 give the frontier's gain and KL, and any other mean."""
+    r = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)).double()
+    length = 3 + r  # a length whose mean is known where that of r is known
+    for row in common.optimum_rows(r, length)[::20]:
+        reward, kl, _ = frontier(r, row["beta"])
+        assert row["gain"] == pytest.approx((reward.mean() - r.mean()).item())
+        assert row["kl"] == pytest.approx(kl.mean().item())
+        assert row["length"] == pytest.approx(3 + reward.mean().item())
+
+
+def test_the_best_of_n_wins_with_the_weights_of_order_statistics():
+    """Gain: `evaluate.best_of_n`. Length at n = 2: the mean over all pairs, by hand."""
+    r = torch.tensor([[0.0, 1.0, 2.0]])
+    length = torch.tensor([[5.0, 7.0, 12.0]])
+    one, two, three = common.best_of_n_rows(r, length)
+    assert [row["n"] for row in (one, two, three)] == [1, 2, 3]
+    assert two["gain"] == pytest.approx(evaluate.best_of_n(r, 2) - 1)
+    assert two["length"] == pytest.approx((7 + 12 + 12) / 3)
+    assert one["length"] == pytest.approx(8) and three["length"] == pytest.approx(12)
+    assert two["kl"] == pytest.approx(math.log(2) - 0.5)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ([0.3], "one seed: no verdict"),
+        ([0.3, 0.3], "2 seeds: no verdict"),
+        ([0.30, 0.31, 0.32], "seen"),
+        ([-0.30, -0.31, -0.32], "reversed"),
+        ([0.1, 0.3, 0.5], "no difference seen"),
+        ([0.1, 0.3, -0.2], "no difference seen"),
+    ],
+)
+def test_a_verdict_needs_three_seeds_and_an_interval_that_excludes_0(values, said):
+    assert common.verdict(values) == said
+
+
+def test_the_interval_is_student_s():
+    """Mean 2, standard deviation 1, n = 3: 2 ± 4.303 / sqrt(3)"""
+    assert common.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+
+
+def test_evaluation_samples_of_pi_ref_are_drawn_again_for_their_lengths(out):
+    """The stage `ref_lengths` sees the samples whose rewards and mean length eval_set has."""
+    argv = [*TINY, "--methods", *SOME, "--out", str(out)]
+    args, cfg = cli.parse("compare.py", "", compare.Config, argv)
+    e = common.prepare(cfg, Stage(out, plan=True), args.device)
+    assert e.ref_lengths.shape == e.eval_set.rewards.shape
+    assert e.ref_lengths.double().mean().item() == pytest.approx(e.eval_set.about["length"])
+
+
+# ------------------------------------------------- the methods
+
+
+def test_every_loss_is_a_method_at_two_strengths():
+    own = {
+        name
+        for name, f in vars(losses).items()
+        if getattr(f, "__module__", "") == losses.__name__
+        and list(inspect.signature(f).parameters)[:3] == ["logps", "batch", "beta"]
+    }
+    assert len(own) == 13
+    assert own | {"dpo"} == {method.loss.__name__ for method in compare.METHODS.values()}
+    for method in compare.METHODS.values():
+        assert len(method.strengths()) == len(method.lrs) == 2 and method.why
+
+
+def made_round(method: str, sample, P: int = 4) -> Preferences:
+    """The pairs of a source for P prompts of one token; r is the response's token."""
+
+    def reward(ids, mask):
+        return (ids * mask).sum(1).float()
+
+    given = toy_preferences()
+    prompts = [[50 + p] for p in range(P)]
+    score = lambda ids, mask: torch.zeros(ids.shape)  # noqa: E731
+    round = compare.Round(given, prompts, sample, score, reward, 4, 0.01, 0)
+    return compare.METHODS[method].source(round)
+
+
+def increasing(prompts):
+    """Responses 0, 1, 2, ... of each prompt, one token each, in the order of the rows."""
+    first = {x[0]: i for i, x in reversed(list(enumerate(prompts)))}
+    response = [i - first[x[0]] for i, x in enumerate(prompts)]
+    ids = torch.tensor([[x[0], y] for x, y in zip(prompts, response, strict=True)])
+    mask = torch.tensor([[False, True]]).repeat(len(prompts), 1)
+    return ids, mask, torch.zeros(len(prompts), 2)
+
+
+def test_rso_keeps_the_best_of_sixteen_and_every_prompt():
+    """At a small beta the three accepted samples are the best three, and no prompt is dropped."""
+    found = made_round("rso", increasing)
+    assert sorted(set(found.ids[:, 1].tolist())) == [13, 14, 15]
+    assert found.prompt.unique().tolist() == [0, 1, 2, 3] and len(found.pairs) == 12
+
+
+def test_iterative_dpo_pairs_the_best_with_the_worst_of_eight():
+    found = made_round("iterative", increasing)
+    w, l = found.ids[found.pairs, 1].T
+    assert w.tolist() == [7] * 4 and l.tolist() == [0] * 4
+
+
+def test_kto_records_its_reference_point_and_the_variant_s_is_an_estimate_of_the_kl(out):
+    """z_0 is None but for KTO; with y' from pi_theta it is positive once the policy has moved."""
+    z_0 = {p["method"]: p["z_0"] for p in results(out)["points"]}
+    assert z_0["dpo"] is None and z_0["rso"] is None and z_0["kto_samples"] > 0
+
+
+# ------------------------------------------------- a run
+
+
+def test_a_run_has_a_row_for_each_method_and_strength(out):
     found = results(out)
     assert [p["method"] for p in found["points"]] == [name for name in SOME for _ in range(2)]
     for p in found["points"]:
-        assert p["kl"] > 0 and 0 <= p["win_rate"] <= 1 and p["length"] > 0
-        assert p["log_pi_w"] > p["log_pi_l"] or p["method"] not in ("dpo", "kto")      # too small for the others
+        assert p["kl"] > 0 and 0 < p["p_positive"] < 1 and p["length"] > 0
+        assert math.isfinite(p["held_out_loss"]) and p["lr"] > 0
+    assert found["pair_accuracy_of_true_reward"] > 0.5
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "table.md").read_text() == compare.table([found]) + "\n"
 
 
-def test_run_again_nothing_is_made_again_and_a_method_more_makes_its_stages_alone(out, capsys):
+def test_a_second_run_computes_nothing_and_one_more_method_only_itself(out, capsys):
     before, was = made(out), results(out)
-    assert compare.main([*TINY, "--methods", *SOME, "--out", str(out)]) == 0
-    assert made(out) == before and results(out)["points"] == was["points"]
-    assert compare.main([*TINY, "--methods", "dpo", "ipo", "--out", str(out)]) == 0
-    assert {name for name, when in made(out).items() if before.get(name) != when} == {"compare-ipo-0.pt", "compare-ipo-1.pt"}
-    assert results(out)["points"][:2] == was["points"][:2]
+    assert compare.main([*TINY, "--methods", "dpo", "rso", "ipo", "--out", str(out)]) == 0
+    changed = {name for name, when in made(out).items() if before.get(name) != when}
+    parts = ("", "held-out-", "eval-")
+    assert changed == {f"{part}ipo-{i}.pt" for part in parts for i in (0, 1)}
+    kept = [p for p in was["points"] if p["method"] in ("dpo", "rso")]
+    assert results(out)["points"][:4] == kept
+    assert "python -m beyond.compare --summary" in capsys.readouterr().out  # the next step
 
 
-def test_rewards_are_those_of_the_texts_and_prompts_those_of_the_triplets(out):
-    e = compare.train.prepare(compare.Settings(**compare.SMALLER | dict(reviews=400, steps=15, prompts=48, held_out=6, batch=12)),
-                              out, torch.device("cpu"))
-    triplets = [json.loads(line) for line in open(out / "triplets.jsonl", encoding="utf-8")]
-    r, (x, w, l) = compare.rewards(e, e.preferences), e.preferences.pairs.T
-    assert_same(r[x, w], torch.tensor([t["reward_chosen"] for t in triplets]))
-    assert_same(r[x, l], torch.tensor([t["reward_rejected"] for t in triplets]))
-    assert ((r == -torch.inf) == ~e.preferences.mask.any(-1)).all()
-    assert compare.prompts_in(e.preferences) == [*{t["number"]: t["prompt_ids"] for t in triplets}.values()]
+# ------------------------------------------------- the table
 
 
-# --------------------------------------------------------------------------------------------- the table
+def made_up(gain: float, fraction: float | None) -> dict:
+    point = dict.fromkeys(compare.COLUMNS, 1.0) | {"gain": gain, "fraction_of_optimal": fraction}
+    point |= {"method": "simpo", "hyper": {"beta": 2.0, "gamma": 0.5}, "z_0": None}
+    reference = {"reward": gain - 1, "length": 6.0, "p_positive": 0.4}
+    row = {"beta": 1.0, "kl": 0.5, "gain": 2.0, "p_positive": 0.9, "length": 7.0, "reliable": True}
+    return {"points": [point], "reference": reference, "optimum": [row]}
 
-def made_up(reward: float, fraction: float | None) -> dict:
-    point = dict(method="simpo", hyper=dict(beta=2.0, gamma=0.5), reward=reward, kl=1.0, win_rate=0.75,
-                 fraction_of_optimal=fraction, length=7.0, log_pi_w=-0.25, log_pi_l=-0.5)
-    return dict(points=[point], reference=dict(reward=reward - 1, length=6.0))
 
-
-def test_the_table_has_mean_and_deviation_over_runs():
+def test_the_table_has_mean_and_standard_deviation_over_seeds():
     row = compare.table([made_up(1.0, 0.9), made_up(2.0, 0.7), made_up(3.0, 0.8)]).splitlines()[-1]
-    assert row == "| simpo\\* | beta 2, gamma 0.5 | 2.00 ± 1.00 | 1.00 | 0.75 | 0.80 ± 0.10 | 7.00 | -0.25 | -0.50 |"
+    assert row.startswith(r"| simpo\* | beta 2, gamma 0.5 | 2.00 ± 1.00 | 1.00 ± 0.00 |")
+    assert "| 0.80 ± 0.10 |" in row and row.endswith("| - |")
 
 
-def test_the_table_of_one_run_has_no_deviation_and_an_unknown_value_is_a_dash():
-    reference, row = compare.table([made_up(1.0, None)]).splitlines()[2:]
-    assert reference == "| pi_ref |  | 0.00 | 0.00 | 0.50 | - | 6.00 | 0.00 | 0.00 |"
-    assert row == "| simpo\\* | beta 2, gamma 0.5 | 1.00 | 1.00 | 0.75 | - | 7.00 | -0.25 | -0.50 |"
+def test_the_table_of_one_seed_has_no_deviation_and_an_unknown_value_is_a_dash():
+    reference, optimum, _, row = compare.table([made_up(1.0, None)]).splitlines()[2:]
+    assert reference.startswith("| pi_ref |  | 0.00 | 0.00 | 0.40 | 6.00 | 0.50 | - |")
+    assert optimum.startswith("| optimum | beta 1 | 2.00 | 0.50 | 0.90 | 7.00 | - |")
+    assert "±" not in row and row.split("|")[8].strip() == "-"
 
 
 def test_a_summary_is_the_table_over_its_folders(out, capsys):
@@ -90,17 +220,20 @@ def test_a_summary_is_the_table_over_its_folders(out, capsys):
     assert capsys.readouterr().out.strip() == compare.table([results(out)] * 2)
 
 
-# --------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------- bad input
 
-@pytest.mark.parametrize("argv, said", [
-    (["--methods", "ppo"], "ppo"),
-    (["--data", "own.jsonl"], "own.jsonl"),
-    (["--imdb", "somewhere"], "--imdb PATH needs --data imdb"),
-    (["--prompts", "0"], "--prompts"),
-    (["--times", "nan"], "--times"),
-    (["--summary", "nowhere"], "nowhere"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys, monkeypatch):
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--methods", "ppo"], "ppo"),
+        (["--data", "own.jsonl"], "own.jsonl"),
+        (["--prompts", "0"], "--prompts"),
+        (["--times", "nan"], "--times"),
+        (["--loss", "dpo"], "--loss"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         compare.main(argv)
@@ -109,58 +242,43 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"points": [{}], "reference": {}}'])
-def test_results_that_are_none_are_refused_by_name(content, tmp_path, capsys):
+def test_other_files_are_no_results(content, tmp_path, capsys):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(SystemExit) as stopped:
-        compare.main(["--summary", str(tmp_path)])
-    assert stopped.value.code == 2 and "results.json" in capsys.readouterr().err
+    assert compare.main(["--summary", str(tmp_path)]) == 2
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_runs_of_different_methods_have_no_table(tmp_path, capsys):
-    for name, method in (("a", "simpo"), ("b", "ipo")):
+    for method in ("simpo", "ipo"):
         run = made_up(1.0, 0.5)
         run["points"][0]["method"] = method
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(run))
-    with pytest.raises(SystemExit) as stopped:
-        compare.main(["--summary", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert stopped.value.code == 2 and "not of the same methods" in capsys.readouterr().err
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "results.json").write_text(json.dumps(run))
+    assert compare.main(["--summary", str(tmp_path / "simpo"), str(tmp_path / "ipo")]) == 2
+    assert "not of the same methods" in capsys.readouterr().err
 
 
-def test_a_folder_in_use_and_a_missing_archive_are_exit_code_2(tmp_path, capsys):
-    with compare.files.alone_in(tmp_path):
+def test_preferences_without_a_true_reward_and_a_folder_in_use_are_exit_code_2(tmp_path, capsys):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert compare.main(["--data", str(own), "--out", str(tmp_path / "a")]) == 2
+    assert "known reward" in capsys.readouterr().err
+    with file_lock(tmp_path):
         assert compare.main([*TINY, "--out", str(tmp_path)]) == 2
-    assert mend.main([*TINY, "--studies", "coverage", "--out", str(tmp_path / "file" / "x")]) in (0, 2)
-    assert compare.main(["--data", "imdb", "--imdb", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
     assert "another run" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------- the studies
-
-def test_studies_write_figures_and_results_and_resume(out):
-    before = made(out)
-    assert mend.main([*TINY, "--studies", "verbosity", "coverage", "--out", str(out)]) == 0
-    found = json.loads((out / "mend.json").read_text())["studies"]
-    assert set(found) == {"verbosity", "coverage"} and made(out).keys() - before.keys() == {"mend-verbosity.pt", "mend-coverage.pt"}
-    assert all((out / f"mend-{name}.png").read_bytes()[:4] == b"\x89PNG" for name in found)
-    before = made(out)
-    assert mend.main([*TINY, "--studies", "verbosity", "coverage", "--out", str(out)]) == 0 and made(out) == before
+def test_no_module_of_beyond_reaches_through_train():
+    """beyond uses train's own functions, not the names that train imports."""
+    own = {name for name, f in vars(train).items() if getattr(f, "__module__", "") == "train"}
+    for name in ("common", "compare", "figure2", "explain", "ablations"):
+        text = (Path(compare.__file__).parent / f"{name}.py").read_text()
+        assert names_of_train(text) <= own, name
 
 
-def test_turned_labels_have_their_probability():
-    pairs = torch.tensor([[0, 0, 1]]).repeat(20_000, 1)
-    given = dpo.Preferences(torch.zeros(1, 2, 1), torch.ones(1, 2, 1, dtype=torch.bool), torch.zeros(1, 2, 1), pairs, torch.ones(len(pairs)))
-    kept = [(mend.labelled(given, torch.full((len(pairs),), p), 0).pairs[:, 1] == 0).float().mean().item() for p in (0.0, 0.8, 1.0)]
-    assert kept[0] == 0.0 and kept[1] == pytest.approx(0.8, abs=0.015) and kept[2] == 1.0
-
-
-def test_pairs_that_do_not_connect_leave_mass_where_no_reward_is():
-    """Four responses, pairs within two islands alone  =>  right odds on each island, wrong mass between them; one pair
-    more that connects them gives Eq. 4's optimum"""
-    found = mend.coverage(None)
-    islands, bridge, optimum = (torch.tensor(found[name]["p"]) for name in ("two islands", "one bridge", "optimum"))
-    assert_same(islands[0] / islands[1], optimum[0] / optimum[1], tolerance=1e-6)
-    assert_same(islands[2] / islands[3], optimum[2] / optimum[3], tolerance=1e-6)
-    assert islands[:2].sum() > 0.5 > 0.02 > optimum[:2].sum()
-    assert found["two islands"]["reward"] < found["pi_ref"]["reward"] < found["one bridge"]["reward"]
-    assert_same(bridge, optimum, tolerance=1e-4)
+def names_of_train(text: str) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "train"
+    }

@@ -1,33 +1,44 @@
-"""beyond/figure2.py, tiny, through its command line; its two losses; frontiers and verdicts; what it refuses."""
-import dataclasses
+"""beyond/figure2.py and beyond/explain.py: losses, curves, verdicts, and tiny runs."""
+
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from beyond import figure2
-from worlds import assert_at_most, assert_same, bigram, preferences, seeds, triplets, uniform
+import data
+from beyond import explain, figure2
+from beyond.ppo import PPOConfig
+from dpo import Preferences
+from lib.checkpoint import to_checkpoint
+from model import GPT, GPTConfig
 
-TINY = "--reviews 400 --steps 15 --prompts 48 --held-out 6 --batch 12 --iterations 4".split()
-WHOLE = figure2.TOY
-SWEEP = dict(dpo={0.5: 2.4, 1: 1.0}, unlikelihood={0.5: 0.1}, kl=(0.5,), evaluations=2, grid=(0.05, 0.5))
+TINY = (
+    "--reviews 200 --sft-steps 8 --prompts 24 --eval-prompts 4 --batch-size 8 --ref-samples 32 "
+    "--eval-samples 4 --beta 1 --ppo-iterations 2 --ppo-batch 8 --reward-lr 1e-3 --reward-epochs 1"
+).split()
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def small():
-    """The toy sweep, with fewer runs."""
-    figure2.TOY = dataclasses.replace(WHOLE, **SWEEP)
-    yield
-    figure2.TOY = WHOLE
-
-
-@pytest.fixture(scope="module")
-def out(small, tmp_path_factory) -> Path:
+def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("figure2")
-    assert figure2.main([*TINY, "--out", str(folder)]) == 0
+    more = [
+        "--ppo-beta",
+        "1",
+        "--gt-beta",
+        "1",
+        "--methods",
+        "DPO",
+        "PPO",
+        "PPO-GT",
+        "Preferred-FT",
+    ]
+    assert figure2.main([*TINY, *more, "--out", str(folder)]) == 0
     return folder
 
 
@@ -35,119 +46,250 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-# --------------------------------------------------------------------------------------------- the losses
-
-@given(seeds)
-def test_baseline_losses_are_their_formulas(seed):
-    """Preferred-FT: -log pi(y_w); Unlikelihood: -log pi(y_w) + alpha log pi(y_l); of each triplet alone"""
-    pi, found = bigram(seed), triplets(seed)
-    batch = preferences(found, bigram(seed + 1))
-    logps = preferences(found, pi).pi_ref                       # what pi says of each token
-
-    def log_pi(t: dict, name: str) -> torch.Tensor:
-        x, y = t["prompt_ids"], t[name]
-        each = pi(torch.tensor(x + y)).log_softmax(-1)
-        return sum(each[len(x) + k - 1, token] for k, token in enumerate(y))
-    w, l = (torch.stack([log_pi(t, name) for t in found]) for name in ("chosen_ids", "rejected_ids"))
-    assert_same(figure2.preferred_ft(logps, batch)[0], -w.detach())
-    assert_same(figure2.unlikelihood(logps, batch, 0.3)[0], (-w + 0.3 * l).detach())
-    assert_same(figure2.unlikelihood(logps, batch, 0.0)[0], figure2.preferred_ft(logps, batch)[0])
+# ------------------------------------------------- the losses
 
 
-# --------------------------------------------------------------------------------------------- frontiers and verdicts
-
-@given(seeds)
-def test_hull_is_concave_rises_and_is_above_every_point(seed):
-    """Points (KL, reward)  =>  a concave rising line through some of them, with none above it"""
-    points = [(abs(x), y) for x, y in uniform((12, 2), -2.0, 2.0, seed).tolist()] + [(0.0, -1.0)]
-    xs, ys = figure2.hull(points)
-    assert set(zip(xs, ys)) <= set(points) and (np.diff(xs) > 0).all() and (np.diff(ys) > 0).all()
-    slopes = np.diff(ys) / np.diff(xs)
-    assert (np.diff(slopes) <= 1e-9).all()
-    assert_at_most(torch.tensor([y for _, y in points], dtype=torch.float64), torch.tensor(np.interp([x for x, _ in points], xs, ys)))
+def test_baseline_losses_are_their_formulas():
+    """Preferred-FT: -log pi(y_w). Unlikelihood: -log pi(y_w) + alpha log pi(y_l)."""
+    batch = two_words()
+    logps = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(0))
+    w, l = logps[0::2].sum(1), logps[1::2].sum(1)  # each pair is two neighbouring rows
+    torch.testing.assert_close(figure2.preferred_ft(logps, batch)[0], -w)
+    torch.testing.assert_close(figure2.unlikelihood(logps, batch, 0.3)[0], -w + 0.3 * l)
 
 
-def test_hull_of_a_few_points_by_hand():
-    xs, ys = figure2.hull([(0, 0), (1, 1), (2, 1.5), (1.5, 1.2), (3, 1.4), (1, 0.5)])
-    assert list(zip(xs, ys)) == [(0, 0), (1, 1), (2, 1.5)]
+# ------------------------------------------------- curves
 
 
-@pytest.mark.parametrize("differences, said", [
-    ([[0.3, 0.4, 0.5], [0.1, 0.1, 0.11]], "seen"), ([[-0.3, -0.4, -0.5], [-0.1, -0.1, -0.11]], "reversed"),
-    ([[0.3, 0.4, 0.5], [-0.1, -0.1, -0.11]], "mixed"), ([[0.3, 0.4, 0.5], [0.1, -0.1, 0.0]], "mixed"),
-    ([[0.3], [0.1]], "seen"), ([[0.3], [0.0]], "mixed")])
-def test_verdicts(differences, said):
-    assert figure2.verdict(differences) == said
+def made_up(gains: dict[str, list[tuple[float, float]]], grid=(1, 2)) -> dict:
+    """A run with these (KL, gain) of each method."""
+    points = [
+        {"method": method, "beta": float(i), "kl": kl, "gain": gain, "p_positive": gain / 10}
+        | {"length": 7.0, "win_rate": 0.5, "pair_accuracy": 0.7, "fraction_of_optimal": None}
+        | {"samples": 10, "seconds": 1.0}
+        for method, rows in gains.items()
+        for i, (kl, gain) in enumerate(rows)
+    ]
+    rows = [{"kl": 1.0, "gain": 2.0, "p_positive": 0.2, "length": 7.0, "reliable": True}]
+    rows.append(rows[0] | {"kl": 3.0, "reliable": False})
+    best = [{"n": 1, "kl": 0.0, "gain": 0.0, "p_positive": 0.0, "length": 6.0}]
+    reference = {"gain": 0.0, "p_positive": 0.0, "length": 6.0}
+    about = {"reference": reference, "optimum": rows, "best_of_n": best, "grid": list(grid)}
+    return about | {"points": points}
 
 
-def made_up(shift: float) -> dict:
-    def at(method, kl, reward):
-        return dict(method=method, kl=kl, reward=reward + shift)
-    return dict(grid=[1, 2], runs=[dict(method="DPO"), dict(method="PPO")], reference=dict(reward=shift),
-                points=[at("DPO", 2.0, 2.0), at("DPO", 1.0, 1.5), at("PPO", 1.0, 0.5)],
-                frontier=[dict(kl=1.0, reward=2.0 + shift, trusted=True), dict(kl=2.0, reward=3.0 + shift, trusted=False)],
-                best_of_n=[dict(n=1, kl_bound=0.0, reward=shift), dict(n=4, kl_bound=2.0, reward=1.0 + shift)])
+def test_a_curve_joins_neighbours_and_marks_wide_holes():
+    """KL 1.5 lies between 1 and 1.6: measured. 3 lies between 1.6 and 4: a hole. 0.5: before 1."""
+    run = made_up({"DPO": [(4.0, 4.0), (1.0, 1.0), (1.6, 2.2)]})
+    assert figure2.value_at(run, "DPO", "gain", 1.3) == (pytest.approx(1.6), True)
+    assert figure2.value_at(run, "DPO", "gain", 2.8) == (pytest.approx(3.1), False)
+    assert figure2.value_at(run, "DPO", "gain", 0.5) == (pytest.approx(0.5), False)
+    assert figure2.value_at(run, "DPO", "gain", 1.0) == (1.0, True)
+    assert figure2.value_at(run, "DPO", "gain", 5.0) == (None, False)
+    assert figure2.value_at(run, "optimum", "gain", 0.5) == (pytest.approx(1.0), True)
+    assert figure2.value_at(run, "optimum", "gain", 2.0) == (None, False)
 
 
-def test_summary_by_hand():
-    """Two runs, alike but for pi_ref's reward  =>  frontiers with that deviation, differences without; parentheses beyond the
-    last point, brackets before the first"""
-    runs = [made_up(0.0), made_up(1.0)]
-    lines = figure2.summary(runs).splitlines()
-    assert lines[2:6] == ["| optimum | 2.50 ± 0.71 | - |", "| best of N | 1.00 ± 0.71 | 1.50 ± 0.71 |",
-                          "| DPO | 2.00 ± 0.71 | 2.50 ± 0.71 |", "| PPO | 1.00 ± 0.71 | (1.00 ± 0.71) |"]
-    assert lines[9] == "| DPO lies above PPO | 1.00 | 1.50 | seen |"
-    for run in runs:
-        run["grid"] = [0.5, 1]
-    assert figure2.summary(runs).splitlines()[4:6] == ["| DPO | [1.25 ± 0.71] | 2.00 ± 0.71 |",
-                                                       "| PPO | [0.75 ± 0.71] | 1.00 ± 0.71 |"]
+@given(st.integers(0, 10**6), st.integers(1, 9))
+def test_the_mean_of_curves_over_noisy_gains_is_the_curve_of_the_mean(seed, k):
+    """Interpolation is linear in the gains, so noise does not bias it; a hull's mean is larger."""
+    rng = np.random.default_rng(seed)
+    kls = [1, 1.5, 2, 3]
+    noise = rng.normal(size=(50, 4))
+    noise -= noise.mean(0)
+    runs = [made_up({"DPO": list(zip(kls, n, strict=True))}) for n in noise.tolist()]
+    at = 1 + 2 * k / 10
+    assert np.mean([figure2.value_at(run, "DPO", "gain", at)[0] for run in runs]) == pytest.approx(
+        0, abs=1e-9
+    )
 
 
-# --------------------------------------------------------------------------------------------- the sweep
+def sweep(shift: float) -> dict:
+    """DPO above PPO by 1 + shift at KL 1 and 2."""
+    kls = (0.9, 1.3, 2.0)
+    gains = {
+        "DPO": [(kl, 2 * kl + 1 + shift) for kl in kls],
+        "PPO": [(kl, 2 * kl) for kl in kls],
+        "Preferred-FT": [(0.1, 0.1)],
+    }
+    return made_up(gains)
 
-def test_every_evaluation_is_a_point_and_its_cost_rises(out):
+
+def claims(runs: list[dict]) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in figure2.claim_rows(runs)}
+
+
+def test_claims_compare_dpo_with_another_at_equal_kl():
+    """Differences 0.9, 1, 1.1 in three seeds: seen, with mean 1 and Student's interval."""
+    found = claims([sweep(-0.1), sweep(0.0), sweep(0.1)])
+    row = found["DPO's frontier lies above PPO's"]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert row == [
+        "1.00 ± 0.10",
+        "1.00 ± 0.10",
+        f"+1.000 [+{1 - half:.3f}, +{1 + half:.3f}]",
+        f"+0.100 [+{0.1 - half / 10:.3f}, +{0.1 + half / 10:.3f}]",
+        "seen",
+    ]
+    assert found["Preferred-FT reaches less reward than DPO"][-1] == "seen"
+    assert "DPO's frontier lies above PPO-GT's" not in found  # there is no PPO-GT
+
+
+def test_one_seed_has_no_verdict_and_neither_has_a_hole():
+    assert claims([sweep(0.0)])["DPO's frontier lies above PPO's"][-1] == "one seed: no verdict"
+    hole = made_up({"DPO": [(0.5, 1.0), (2.5, 2.0)], "PPO": [(0.9, 1.0), (1.3, 1.2), (2.0, 2.0)]})
+    assert claims([hole] * 3)["DPO's frontier lies above PPO's"][-1] == "not measured"
+
+
+def test_the_table_brackets_holes_and_leaves_out_what_no_run_reaches():
+    run = made_up({"DPO": [(0.9, 1.0), (1.9, 2.0)], "PPO": [(0.9, 1.0), (1.2, 2.0)]})
+    lines = figure2.table([run]).splitlines()
+    assert lines[0] == "| gain, nats at a KL of | 1 | 2 |"
+    assert lines[2] == "| optimum | 2.00 | - |"
+    assert lines[4] == "| DPO | [1.10] | - |"
+    assert lines[5] == "| PPO | 1.33 | - |"
+
+
+def test_no_line_is_drawn_across_a_hole_and_the_papers_points_belong_to_imdb():
+    run = made_up({"DPO": [(1.0, 1.0), (1.5, 2.0), (4.0, 3.0)]})
+    run |= {"labels": {"pairs": 6}, "config": {"data": "toy", "labels": "bt", "seed": 0}}
+    toy = figure2.draw(run)
+    joined = [line for line in toy.axes[0].lines if line.get_color() == figure2.ORANGE]
+    ends = [line.get_xdata() for line in joined if line.get_linestyle() == "-"]
+    assert [list(x) for x in ends] == [[1.0, 1.5]]
+    imdb = figure2.draw(run | {"config": run["config"] | {"data": "imdb"}})
+    texts = [text.get_text() for text in imdb.axes[1].texts]
+    assert sum("paper" in text for text in texts) == 2
+    assert not any("paper" in t.get_text() for t in toy.axes[1].texts)
+
+
+def test_the_sweep_of_dpo_has_at_least_nine_betas():
+    assert len(figure2.BETAS) >= 9 and len(figure2.IMDB_BETAS) >= 9
+
+
+# ------------------------------------------------- PPO
+
+
+def checkpoint() -> dict:
+    torch.manual_seed(0)
+    tokens = data.toy_tokens()
+    return to_checkpoint(GPT(GPTConfig(len(tokens) + 1, 12, 1, 2, 16)), tokens)
+
+
+def two_words() -> Preferences:
+    """Responses of one token, 300 or 301, and the end token, to 40 prompts."""
+    end = checkpoint()["config"]["vocab_size"] - 1
+    ids = torch.tensor([[260 + p, 300 + k, end] for p in range(40) for k in (0, 1)])
+    mask = torch.tensor([[False, True, True]]).repeat(80, 1)
+    pairs = torch.arange(80).view(40, 2)
+    prompt = torch.arange(40).repeat_interleave(2)
+    return Preferences(ids, mask, torch.zeros(80, 3), prompt, pairs, torch.ones(40))
+
+
+def test_ppo_s_beta_is_in_nats_of_the_reward():
+    """Rewards are scaled to variance 1, and beta with them: 10 r at 10 beta is r at beta."""
+
+    def make(scale, reference, device):
+        def reward(ids, mask):
+            return scale * ((ids == 300) & mask).sum(1).float() - 5
+
+        return reward, figure2.ValueModel(figure2.load_gpt(reference, device))
+
+    curves = []
+    for scale in (1.0, 10.0):
+        config = PPOConfig(iterations=2, batch_size=8, beta=0.3 * scale)
+        args = make, scale, checkpoint(), two_words(), config, 0, CPU
+        curves.append(figure2.train_ppo(*args)["curves"])
+    for one, ten in zip(*curves, strict=True):
+        assert one == pytest.approx(ten, rel=0.05, abs=1e-3)
+    std = two_words().ids.eq(300).any(1).float().std().item()
+    assert curves[0][0]["beta"] == pytest.approx(0.3 / std, rel=1e-4)
+
+
+# ------------------------------------------------- rewards that are linear in counts
+
+
+def test_counts_are_those_of_the_response():
+    ids = torch.tensor([[9, 1, 1, 2]])
+    mask = torch.tensor([[False, True, True, True]])
+    assert explain.counts(ids, mask, 10).tolist() == [[0, 2, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert explain.counts(ids, mask, 2).tolist() == [[1, 2]]
+
+
+def test_a_bag_learns_a_reward_of_its_class_and_no_other():
+    """Tokens 300 and 302 share a group of 2: a bag of tokens orders them, two groups cannot."""
+    given = two_words()
+    ids = torch.where(given.ids == 301, 302, given.ids)
+    apart = Preferences(ids, *list(vars(given).values())[1:])
+    able, unable = explain.fit_bag(apart, 400, 0), explain.fit_bag(apart, 2, 0)
+    assert explain.bag_accuracy(able, apart) == 1.0
+    assert explain.bag_accuracy(unable, apart) == 0.5
+
+
+# ------------------------------------------------- tiny runs
+
+
+def test_a_run_evaluates_each_policy_once_and_counts_what_it_cost(out):
     found = results(out)
-    assert len(found["runs"]) == 2 + 3 + 1 + 2 and len(found["points"]) == 2 * len(found["runs"])
-    for first, second in zip(found["points"][::2], found["points"][1::2]):
-        assert first["run"] == second["run"] and (first["part"], second["part"], second["last"]) == (0.5, 1.0, True)
-        assert 0 < first["samples"] < second["samples"] and 0 < first["seconds"] < second["seconds"] and first["kl"] > 0
-    of = {p["run"]: p for p in found["points"] if p["last"]}
-    assert of["DPO, beta 1"]["samples"] == 4 * 48
-    assert of["PPO, kl 0.5"]["samples"] == 4 * 48 + 4 * figure2.TOY.tuning.batch
-    assert of["PPO-GT, kl 0.5"]["samples"] == 4 * figure2.TOY.tuning.batch
-    assert 0 <= found["reward_model"]["pair_accuracy"] <= 1 and len(found["reward_model"]["looked"]) >= 4
-    assert (out / "table.md").read_text() == figure2.summary([found]) + "\n"
+    of = {p["method"]: p for p in found["points"]}
+    assert list(of) == ["DPO", "Preferred-FT", "PPO", "PPO-GT"] and len(found["points"]) == 4
+    assert of["DPO"]["samples"] == 4 * 24
+    assert of["PPO"]["samples"] == 4 * 24 + 2 * 8 and of["PPO-GT"]["samples"] == 2 * 8
+    assert all(p["kl"] > 0 and p["length"] > 0 and p["seconds"] > 0 for p in found["points"])
+    assert 0 <= found["reward_model"]["pair_accuracy"] <= 1
+    assert (out / "table.md").read_text() == figure2.table([found]) + "\n"
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_finished_points_are_kept(out, small, capsys):
-    """Run again  =>  nothing is made again; one file gone  =>  that one alone is made, and the numbers are the same"""
-    def made():
-        return {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
-    before, was = made(), results(out)
-    (out / "dpo-beta-1-2.pt").unlink()
-    assert figure2.main([*TINY, "--out", str(out)]) == 0
-    assert {name for name, when in made().items() if before[name] != when} == {"dpo-beta-1-2.pt"}
-    assert results(out)["points"] == was["points"]
+def test_one_more_beta_computes_itself_alone(out):
+    made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    more = ["--gt-beta", "1", "0.5", "--methods", "PPO-GT", "--out", str(out)]
+    assert figure2.main([*TINY, *more]) == 0
+    new = {path.name for path in out.glob("*.pt") if made.get(path.name) != path.stat().st_mtime_ns}
+    assert new == {"figure2-ppo-gt-0.5.pt", "eval-figure2-ppo-gt-0.5.pt"}
 
 
-def test_the_papers_labels_can_be_had(small, tmp_path):
-    assert figure2.main([*TINY, "--labels", "argmax", "--methods", "DPO", "--out", str(tmp_path)]) == 0
-    assert results(tmp_path)["config"]["labels"] == "argmax" and {p["method"] for p in results(tmp_path)["points"]} == {"DPO"}
+def test_the_two_experiments_run_and_have_a_table(out, capsys):
+    argv = [*TINY, "--sizes", "8", "--classes", "8", "--ppo-iterations", "1", "--out", str(out)]
+    assert explain.main(argv) == 0
+    found = results(out)
+    methods = ["DPO", "PPO", "PPO, bag of tokens", "PPO, 8 groups"]
+    assert [p["method"] for p in found["points"]] == methods
+    assert all(p["reward_accuracy"] is not None for p in found["points"][1:])
+    assert (out / "table.md").read_text() == explain.table([found]) + "\n"
+    assert "python -m beyond.explain --summary" in capsys.readouterr().out
 
 
-def test_the_paper_has_these_sweeps():
-    for sweep in (WHOLE, figure2.IMDB):
-        assert {0.05, 0.1, 1, 5} <= set(sweep.dpo) and {3, 6, 9, 12} <= set(sweep.kl)
-        assert [*sweep.unlikelihood] == [0.05, 0.1, 0.5, 1]
-        assert {run["method"] for run in sweep.runs()} == set(figure2.LOOK)
+def test_the_experiments_table_compares_fractions_over_seeds():
+    """DPO 0.9 and PPO 0.8, 0.7, 0.6 in three seeds: seen. A missing fraction: no verdict."""
+
+    def run(fraction: float | None) -> dict:
+        point = dict.fromkeys(("kl", "gain", "length", "pair_accuracy"), 1.0)
+        point |= {"prompts": 200, "beta": 0.5, "reward_accuracy": 0.7}
+        rows = [{"method": "DPO", "fraction_of_optimal": 0.95}]
+        rows.append({"method": "PPO", "fraction_of_optimal": fraction})
+        return {"points": [point | row for row in rows]}
+
+    seen = explain.table([run(0.86), run(0.85), run(0.84)]).splitlines()[-1]
+    assert seen.endswith("| +0.100 [+0.075, +0.125] | seen |")
+    unknown = explain.table([run(None)]).splitlines()[-1]
+    assert unknown.endswith("|  |  |")
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--methods", "GRPO"], "GRPO"), (["--data", "own.jsonl"], "own.jsonl"), (["--labels", "soft"], "--labels"),
-    (["--imdb", "somewhere"], "--imdb PATH needs --data imdb"), (["--iterations", "0"], "--iterations"),
-    (["--summary", "nowhere"], "nowhere")])
-def test_bad_input_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys, monkeypatch):
+# ------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--methods", "GRPO"], "GRPO"),
+        (["--data", "own.jsonl"], "own.jsonl"),
+        (["--labels", "best"], "--labels"),
+        (["--ppo-iterations", "0"], "--ppo-iterations"),
+        (["--ppo-beta", "0"], "--ppo-beta"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         figure2.main(argv)
@@ -158,7 +300,15 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, said, tmp_path, capsys, mon
 def test_runs_of_different_sweeps_have_no_summary(tmp_path, capsys):
     for name, grid in (("a", [1, 2]), ("b", [1, 3])):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(made_up(0.0) | dict(grid=grid)))
-    with pytest.raises(SystemExit) as stopped:
-        figure2.main(["--summary", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert stopped.value.code == 2 and "sweep" in capsys.readouterr().err
+        run = made_up({"DPO": [(1.0, 1.0)]}, grid)
+        (tmp_path / name / "results.json").write_text(json.dumps(run))
+    assert figure2.main(["--summary", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "sweep" in capsys.readouterr().err
+
+
+def test_the_summary_of_runs_is_their_table(out, capsys):
+    folder = str(out)
+    figure2.main([*TINY, "--ppo-beta", "1", "--methods", "DPO", "--out", folder])
+    capsys.readouterr()
+    assert figure2.main(["--summary", folder]) == 0
+    assert capsys.readouterr().out.strip() == figure2.table([results(out)])

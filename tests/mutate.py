@@ -1,0 +1,265 @@
+"""Mutation testing of dpo.py: every small edit must make a theorem fail.
+
+    python tests/mutate.py               all mutants, a few minutes
+    python tests/mutate.py frontier      those of one function
+
+An edit changes one node of the syntax tree: an operator, a comparison, a constant, the order of
+two arguments, a keyword argument, a call, a decorator. It exchanges no text, so renaming breaks
+nothing. Each mutant runs in a forked process, in which it takes the place of the module `dpo`.
+"""
+
+import ast
+import contextlib
+import copy
+import importlib
+import inspect
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+import torch.testing
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+THEOREMS = (
+    "test_logps",
+    "test_loss",
+    "test_preferences",
+    "test_optimum",
+    "test_training",
+    "test_population",
+)
+SECONDS = 120  # a mutant that runs longer is an endless loop, and counts as killed
+
+SWAPS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
+METHODS = {"sum": "mean", "mean": "sum", "max": "min", "min": "max", "any": "all", "all": "any"}
+
+# Mutants that compute the same function, each with the reason.
+EQUIVALENT = {
+    "plackett_luce: r.flip(-1).logcumsumexp(-1).flip(-1) -> r.flip(-1).logcumsumexp(-1)": (
+        "the terms are summed over k, so their order does not matter"
+    ),
+    "log_softmax: torch.promote_types(logits.dtype, torch.float32)"
+    " -> torch.promote_types(torch.float32, logits.dtype)": "promotion is symmetric",
+    "sequence_kl: -1 -> 1 (place 6)": "the tensor has two dimensions",
+    "sequence_kl: -1 -> 1 (place 7)": "the tensor has two dimensions",
+    "pair_logps: -1 -> 1": "the tensor has two dimensions",
+    "pair_logps: -1 -> 1 (place 2)": "the tensor has two dimensions",
+    "select: int(self.mask[rows].any(0).nonzero().max())"
+    " -> self.mask[rows].any(0).nonzero().max()": "a tensor of one number is a bound of a slice",
+    "select: 0 -> 1": "self.pairs[:, 1]: both rows of a pair have the same prompt",
+}
+
+
+class Mutant(NamedTuple):
+    name: str  # "function: before -> after"
+    whole: ast.Module
+    node: ast.AST  # a node of the whole
+    edited: ast.AST | None  # what takes its place; None is nothing
+
+    @property
+    def tree(self) -> ast.Module:
+        """A copy of the whole with the edit."""
+        edited = ast.Pass() if self.edited is None else copy.deepcopy(self.edited)
+        return ast.fix_missing_locations(copy.deepcopy(self.whole, {id(self.node): edited}))
+
+
+def mutants(source: str) -> list[Mutant]:
+    """All mutants of a module, without those in EQUIVALENT."""
+    tree = ast.parse(source)
+    found = {}
+    for function, node in code_nodes(tree):
+        for edited in edits(node):
+            after = "nothing" if edited is None else ast.unparse(edited)
+            edit = name = f"{function}: {ast.unparse(node)} -> {after}"
+            place = 1
+            while name in found:  # the same edit at another place of the function
+                place += 1
+                name = f"{edit} (place {place})"
+            found[name] = Mutant(name, tree, node, edited)
+    return [mutant for name, mutant in found.items() if name not in EQUIVALENT]
+
+
+def code_nodes(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """The nodes inside functions, with the function's name; no annotations and no docstrings."""
+    for outer in ast.walk(tree):
+        if not isinstance(outer, ast.FunctionDef):
+            continue
+        body = outer.body[1:] if ast.get_docstring(outer) else outer.body
+        for part in [*body, *outer.args.defaults, *outer.decorator_list]:
+            for node in ast.walk(part):
+                yield outer.name, node
+
+
+def edits(node: ast.AST) -> Iterator[ast.AST | None]:
+    """The nodes that take the place of this one. None removes a statement."""
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+        yield ast.BinOp(node.left, SWAPS[type(node.op)](), node.right)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        yield ast.Compare(node.left, [SWAPS[type(node.ops[0])]()], node.comparators)
+    if isinstance(node, ast.UnaryOp):
+        yield node.operand
+    if isinstance(node, ast.Constant):
+        yield from constants(node)
+    if isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load):
+        yield from swapped(node, "elts")
+    if isinstance(node, ast.Call):
+        yield from calls(node)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield None
+
+
+def constants(node: ast.Constant) -> Iterator[ast.AST]:
+    if isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node.value, int | float):
+        yield ast.Constant(node.value + 1)
+        if node.value not in (0, 1):
+            yield ast.Constant(-node.value)
+
+
+def calls(node: ast.Call) -> Iterator[ast.AST]:
+    """Exchanged arguments, a dropped keyword, another method, the call removed."""
+    yield from swapped(node, "args")
+    for i in range(len(node.keywords)):
+        yield ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :])
+    if isinstance(node.func, ast.Attribute):
+        yield node.func.value  # x.f(...) -> x
+        if node.func.attr in METHODS:
+            method = ast.Attribute(node.func.value, METHODS[node.func.attr], ast.Load())
+            yield ast.Call(method, node.args, node.keywords)
+    if node.args:
+        yield node.args[0]  # f(x, ...) -> x
+
+
+def swapped(node: ast.AST, field: str) -> Iterator[ast.AST]:
+    """The node with two neighbouring entries of a list exchanged."""
+    items = getattr(node, field)
+    for i in range(len(items) - 1):
+        other = copy.copy(node)
+        setattr(other, field, [*items[:i], items[i + 1], items[i], *items[i + 2 :]])
+        yield other
+
+
+# ------------------------------------------------- running the theorems on a mutant
+
+
+def first_failure(mutant: Mutant, examples: int) -> str | None:
+    """The first theorem that fails when the mutant takes the place of dpo."""
+    forget_project()
+    module = types.ModuleType("dpo")
+    sys.modules["dpo"] = module
+    failed = "import"
+    try:
+        exec(compile(mutant.tree, "mutant of dpo.py", "exec"), vars(module))
+        from beyond import conformance
+
+        offered = conformance.load(str(ROOT / "tests" / "theorems" / "offer.py"))
+        with conformance.hypothesis_profile(examples, shrink=False):
+            for test, arguments in in_order(mutant, offered):
+                conformance.reset_tolerance()
+                failed = test.__name__
+                test(**arguments)
+    except (Exception, pytest.fail.Exception):
+        return failed
+    return None
+
+
+def forget_project():
+    """Modules of this project are imported again, because they hold functions of dpo."""
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None) or ""
+        if path.startswith(str(ROOT)) and name != __name__:
+            del sys.modules[name]
+
+
+def in_order(mutant: Mutant, offered: dict) -> list[tuple]:
+    """All tests with their arguments, and those about the mutated function first."""
+    modules = [importlib.import_module(name) for name in THEOREMS]
+    found = [case for module in modules for case in cases(module, offered)]
+    function = mutant.name.split(":")[0]
+    return sorted(found, key=lambda case: function not in case[1])
+
+
+def cases(module: types.ModuleType, offered: dict) -> Iterator[tuple]:
+    """The tests of a module with their arguments: offered functions and parameters."""
+    for name, test in list(vars(module).items()):
+        if not name.startswith("test_"):
+            continue
+        needed = set(inspect.signature(test).parameters)
+        marks = [mark.args for mark in getattr(test, "pytestmark", [])]
+        choices = [dict(zip(split(names), each(v), strict=True)) for names, vs in marks for v in vs]
+        for choice in choices or [{}]:
+            if needed - set(choice) <= set(offered):
+                yield test, {key: offered[key] for key in needed - set(choice)} | choice
+
+
+def split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
+def each(values) -> tuple:
+    return values if isinstance(values, tuple) else (values,)
+
+
+def in_fork(mutant: Mutant, examples: int) -> str | None:
+    """`first_failure` in a forked process."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with contextlib.suppress(BaseException):
+            os.close(reader)
+            signal.alarm(SECONDS)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            os.write(writer, (first_failure(mutant, examples) or "survived").encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read().decode()
+    os.waitpid(process, 0)
+    return None if answer == "survived" else answer or "crash or time limit"
+
+
+def killer(mutant: Mutant) -> str | None:
+    """The theorem that notices the mutant: few examples first, then as many as in the suite."""
+    return in_fork(mutant, 10) or in_fork(mutant, 60)
+
+
+def main(functions: list[str]) -> int:
+    source = (ROOT / "dpo.py").read_text(encoding="utf-8")
+    every = [m for m in mutants(source) if not functions or m.name.split(":")[0] in functions]
+    torch.set_num_threads(1)
+    survivors = 0
+    for i, mutant in enumerate(every, 1):
+        theorem = killer(mutant)
+        survivors += theorem is None
+        print(f"{i}/{len(every)} {theorem or 'SURVIVES'}  |  {mutant.name}", flush=True)
+    killed = len(every) - survivors
+    print(
+        f"{killed} of {len(every)} mutants killed ({100 * killed / len(every):.1f} %), "
+        f"{len(EQUIVALENT)} equivalent ones left out"
+    )
+    return int(killed < 0.97 * len(every))
+
+
+if __name__ == "__main__":
+    assert hypothesis  # imported before the fork, because it takes a second
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""`beyond.conformance`: it diagnoses wrong implementations and passes correct ones."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wrong.logps
+import wrong.losses
+import wrong.training
+from wrong.correct import CORRECT
+from wrong.registry import WRONG
+
+from beyond import conformance
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(module, examples: int) -> list[conformance.Result]:
+    offered = conformance.adapt(module)
+    with conformance.hypothesis_profile(examples, shrink=False):
+        return conformance.run(offered)
+
+
+def first_failure(module, examples: int) -> conformance.Result | None:
+    """What `conformance.diagnoses` reports first."""
+    offered = conformance.adapt(module)
+    with conformance.hypothesis_profile(examples, shrink=False):
+        checked = (conformance.check(theorem, offered) for theorem in conformance.theorems())
+        return next((result for result in checked if result.outcome == "fails"), None)
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case.function.__name__)
+def test_wrong_implementation_is_diagnosed(case):
+    """One mistake  =>  the first failing statement names it, with its pitfall.  pitfall 32"""
+    diagnosis = first_failure(SimpleNamespace(**{case.offer: case.function}), 20)
+    assert diagnosis, "no statement fails"
+    assert diagnosis.name == f"test_{case.theorem}"
+    assert diagnosis.theorem.mistake.pitfall == case.pitfall
+
+
+@pytest.mark.parametrize("name", CORRECT)
+def test_correct_implementation_passes(name):
+    """Correct, in another style or in float32 only  =>  no statement fails"""
+    results = run(CORRECT[name], 60)
+    assert [(r.name, r.error) for r in results if r.outcome == "fails"] == []
+    assert any(r.outcome == "holds" for r in results)
+
+
+def test_there_are_enough_wrong_implementations():
+    """At least 60, no function twice, and more than half of the pitfalls among them"""
+    assert wrong.logps and wrong.losses and wrong.training  # importing them fills the list
+    functions = [each.function for each in WRONG]
+    assert len(functions) >= 60 and len(set(functions)) == len(functions)
+    assert len({each.pitfall for each in WRONG if each.pitfall}) >= 17
+
+
+def test_every_statement_names_its_likely_mistake():
+    """Each theorem about an offered function has a mistake, except two that are no diagnosis"""
+    without = [f.__name__ for f in conformance.theorems() if not hasattr(f, "mistake")]
+    assert without == [
+        "test_a_lower_loss_need_not_raise_the_chosen_response",
+        "test_reference_of_a_trained_policy_is_that_policy",
+    ]
+
+
+def test_trl_conforms_but_for_ties():
+    """TRL's loss, metrics and log-softmax, and a Hugging Face model  =>  only ties are counted
+    otherwise, as in results/conformance-trl.txt"""
+    pytest.importorskip("trl")
+    pytest.importorskip("transformers")
+    from beyond import adapters
+
+    failed = [result.name for result in run(adapters, 20) if result.outcome == "fails"]
+    assert failed == ["test_tie_counts_one_half", "test_accuracy_compares_implicit_rewards"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "beyond.conformance", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def test_command_explains_a_failure(tmp_path):
+    """A wrong file  =>  exit code 1, and a report with equation, counterexample, pitfall and fix"""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def response_logps(model, ids, mask):\n"
+        "    logps = model(ids)[:, :-1].log_softmax(-1)\n"
+        "    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]\n"
+        "    return logps.sum(-1) / mask.sum(-1)\n"
+    )
+    found = command(str(path))
+    text = " ".join(found.stdout.split())
+    assert found.returncode == 1 and found.stderr == ""
+    for part in (
+        "mean instead of sum over the tokens of a response",
+        "Pitfall 5",
+        "Equation: Each token of y has weight 1",
+        "tokens count [[0.0, 0.5, 0.5, 0.0]], but the response is [[0, 1, 1, 0]]",
+        "Smallest counterexample found: response_logps(<Positional>, [[0, 0, 1, 2]], ",
+        "Fix: log pi(y|x) is the sum",
+        "not offered",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "cannot be imported"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("def f(:", "SyntaxError"),
+        ("x = 1", "offers none of"),
+    ],
+)
+def test_command_refuses_a_file_it_cannot_use(tmp_path, content, message):
+    """A missing, broken or empty file  =>  exit code 2 and one line"""
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content)
+    found = command(str(path))
+    assert found.returncode == 2 and found.stdout == ""
+    assert message in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_documentation_lists_every_offer_and_its_template_conforms(tmp_path):
+    """docs/conformance.md  =>  all offers are in its table, and its template passes as it is"""
+    text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    assert [name for name in conformance.OFFERS if f"`{name}`" not in text] == []
+    template = text.split("```python\n")[1].split("```")[0]
+    path = tmp_path / "my_dpo.py"
+    path.write_text(template, encoding="utf-8")
+    results = run(SimpleNamespace(**load_template(path)), 20)
+    assert [r.name for r in results if r.outcome == "fails"] == []
+
+
+def load_template(path: Path) -> dict:
+    return vars(conformance.import_file(path))

@@ -1,0 +1,191 @@
+"""lib/evaluate.py: everything that is reported, by plain arithmetic over lists."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from lib import evaluate
+from lib.checkpoint import load_gpt, to_checkpoint
+from lib.evaluate import BETAS, evaluate_policy, fraction_of_optimal, optimal_frontier
+from lib.inference import compute_logps, generate
+from tiny import CPU
+
+
+@pytest.fixture(scope="module")
+def other(toy):
+    """A policy that differs from pi_ref, its point at beta 2, and the samples it was judged by."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # float32
+        reference, dataset = toy.returned["reference"], toy.returned["dataset"]
+        pi_theta, pi_ref = load_gpt(reference, CPU), load_gpt(reference, CPU)
+        torch.manual_seed(0)
+        pi_theta.wte.weight.data += 0.1 * torch.randn_like(pi_theta.wte.weight)
+        policy = to_checkpoint(pi_theta, reference["tokens"])
+        _, (_, *args) = toy.calls["eval-2"]
+        result = evaluate_policy(policy, *args)
+        prompts = [x for x in dataset.eval_prompts for _ in range(toy.cfg.eval_samples)]
+        tokenizer = data.load_tokenizer(reference["tokens"])
+        samples = generate(pi_theta, prompts, tokenizer.eot_token, 0, "sampling pi_theta")
+        return result, pi_theta, pi_ref, samples, tokenizer
+
+
+@torch.no_grad()
+def logp(pi, row: list[int], under: list[bool]) -> list[torch.Tensor]:
+    """The distributions of the response's tokens, in float64, one position at a time."""
+    places = [t for t, inside in enumerate(under) if inside]
+    ids = torch.tensor([row[: places[-1]]])
+    return {t: pi(ids)[0, t - 1].double().log_softmax(-1) for t in places}
+
+
+def test_a_point_is_what_plain_arithmetic_gives(toy, other):
+    """Means over samples, standard errors over prompts; a tie counts 1/2. pitfalls 22, 25"""
+    result, pi_theta, pi_ref, (ids, mask, _), tokenizer = other
+    point, M, P = result["point"], toy.cfg.eval_samples, toy.cfg.eval_prompts
+    ref = toy.returned["eval_set"].rewards.tolist()
+    texts = data.decode_rows(ids, mask, tokenizer)
+    r = data.WordReward(data.WEIGHT)(texts).tolist()
+    by_prompt = [sum(r[p * M : (p + 1) * M]) / M for p in range(P)]
+    gain = [mine - sum(row) / len(row) for mine, row in zip(by_prompt, ref, strict=True)]
+    wins = [
+        (r[p * M + m] > ref[p][m]) + 0.5 * (r[p * M + m] == ref[p][m])
+        for p in range(P)
+        for m in range(M)
+    ]
+    kl = []
+    for row, under in zip(ids.tolist(), mask.tolist(), strict=True):
+        p, q = logp(pi_theta, row, under), logp(pi_ref, row, under)
+        kl.append(sum((p[t].exp() * (p[t] - q[t])).sum().item() for t in p))
+    kl_by_prompt = [sum(kl[p * M : (p + 1) * M]) / M for p in range(P)]
+    expected = {
+        "reward": sum(r) / len(r),
+        "reward_se": np.std(by_prompt, ddof=1) / P**0.5,
+        "gain": sum(gain) / P,
+        "gain_se": np.std(gain, ddof=1) / P**0.5,
+        "win_rate": sum(wins) / len(wins),
+        "p_positive": sum(1 / (1 + math.exp(-x)) for x in r) / len(r),
+        "length": mask.sum().item() / len(r),
+        "kl": sum(kl) / len(kl),
+        "kl_se": np.std(kl_by_prompt, ddof=1) / P**0.5,
+        "beta": 2.0,
+    }
+    for name, value in expected.items():
+        assert point[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert result["texts"] == texts[::M] and result["rewards"].tolist() == pytest.approx(r[::M])
+
+
+def test_agreement_on_held_out_pairs_is_what_plain_arithmetic_gives(toy, other):
+    """Implicit rewards contain beta; a tie counts 1/2. pitfall 22"""
+    result, pi_theta, pi_ref, _, tokenizer = other
+    pairs, reward = toy.returned["eval_set"].pairs, data.WordReward(data.WEIGHT)
+    r_hat, r = [], reward(data.decode_rows(pairs.ids, pairs.mask, tokenizer)).tolist()
+    for row, under in zip(pairs.ids.tolist(), pairs.mask.tolist(), strict=True):
+        p, q = logp(pi_theta, row, under), logp(pi_ref, row, under)
+        r_hat.append(2.0 * sum((p[t] - q[t])[row[t]].item() for t in p))
+    margin = [r_hat[w] - r_hat[l] for w, l in pairs.pairs.tolist()]
+    gap = [r[w] - r[l] for w, l in pairs.pairs.tolist()]
+    n, both = len(gap), sum(m * g for m, g in zip(margin, gap, strict=True))
+    share = {
+        name: sum((x > 0) + 0.5 * (x == 0) for x in values) / n
+        for name, values in (("pair_accuracy", margin), ("pair_accuracy_ceiling", gap))
+    }
+    expected = share | {
+        "margin": sum(margin) / n,
+        "r_hat_w": sum(r_hat[w] for w, _ in pairs.pairs.tolist()) / n,
+        "r_hat_l": sum(r_hat[l] for _, l in pairs.pairs.tolist()) / n,
+        "reward_slope": both / sum(g * g for g in gap),
+        "reward_r2": both**2 / sum(g * g for g in gap) / sum(m * m for m in margin),
+    }
+    for name, value in expected.items():
+        assert result["point"][name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
+
+
+def test_pi_ref_itself_has_no_kl_no_margin_and_half_of_the_pairs(toy):
+    """pitfalls 12, 14, 22, 28"""
+    reference, eval_set = toy.returned["reference"], toy.returned["eval_set"]
+    pi_ref, pairs = load_gpt(reference, CPU), eval_set.pairs
+    logps = compute_logps(pi_ref, pairs.ids, pairs.mask).double()
+    tied = dataclasses.replace(pairs, ref_logps=logps)
+    tied = dataclasses.replace(eval_set, pairs=tied)
+    assert evaluate.agreement(pi_ref, tied, 2.0)["pair_accuracy"] == pytest.approx(0.5)
+    _, (_, *args) = toy.calls["eval-2"]
+    point = evaluate_policy(reference, *args)["point"]
+    assert point["kl"] == 0 and abs(point["margin"]) < 0.1
+    assert abs(point["gain"]) < 5 * point["gain_se"] + 0.5
+
+
+# ------------------------------------------------- the optimum
+
+
+@pytest.fixture(scope="module")
+def normal():
+    """Rewards of 20 prompts with 512 samples each, from N(0, 1)."""
+    return torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_frontier_is_the_optimum_of_eq_4(normal):
+    """For normal rewards, E r = 1 / beta and KL = 1 / (2 beta^2)."""
+    frontier = optimal_frontier(normal)
+    assert frontier["reliable"][0] and not frontier["reliable"][-1]
+    for i in np.flatnonzero(frontier["reliable"]):
+        assert frontier["reward"][i].mean() == pytest.approx(1 / BETAS[i], abs=0.06)
+        assert frontier["kl"][i].mean() == pytest.approx(1 / (2 * BETAS[i] ** 2), abs=0.06)
+    assert np.flatnonzero(frontier["reliable"]).tolist() == [*range(frontier["reliable"].sum())]
+    rows = evaluate.frontier_rows(normal)
+    assert [row["beta"] for row in rows] == BETAS.tolist()
+    assert rows[5]["kl"] == frontier["kl"][5].mean()
+
+
+def test_the_fraction_of_optimal_is_relative_to_the_frontier_at_the_same_kl(normal):
+    frontier, ref = optimal_frontier(normal), normal.double().mean(1).numpy()
+    i = int(np.argmin(np.abs(BETAS - 2)))
+    gain, kl = frontier["reward"][i].mean() - ref.mean(), frontier["kl"][i].mean()
+    for factor in (1, 0.5, 2, -1):
+        found = fraction_of_optimal(frontier, ref, ref + factor * gain, np.full(20, kl))
+        assert found["fraction_of_optimal"] == pytest.approx(factor)
+        assert 0 < found["fraction_of_optimal_se"] < 0.2
+    beyond = fraction_of_optimal(frontier, ref, ref + gain, np.full(20, 8.0))
+    assert set(beyond.values()) == {None}
+
+
+@pytest.mark.parametrize("labels", ["bt", "argmax"])
+def test_regret_is_zero_at_the_optimum_and_undefined_for_argmax_labels(labels, normal):
+    beta, r = 2.0, normal.double()
+    w = (r / beta).softmax(1)
+    best_r, best_kl = (w * r).sum(1, True), (w * (w * 512).log()).sum(1, True)
+    gap = evaluate.optimality_gap(normal, best_r.float(), best_kl.float(), beta, labels)
+    worse = evaluate.optimality_gap(normal, best_r.float() - 0.3, best_kl.float(), beta, labels)
+    assert gap["fraction_of_optimal"] == pytest.approx(1, abs=0.01)
+    if labels == "argmax":
+        assert gap["regret"] is gap["optimal_kl"] is gap["optimal_reward"] is None
+    else:
+        assert gap["regret"] == pytest.approx(0, abs=1e-4)
+        assert worse["regret"] == pytest.approx(0.3, abs=1e-4)
+        assert gap["optimal_kl"] == pytest.approx(best_kl.mean().item())
+        assert gap["optimal_reward"] == pytest.approx(best_r.mean().item())
+    unreliable = evaluate.optimality_gap(normal, best_r.float(), best_kl.float(), 0.06, labels)
+    assert unreliable["regret"] is None
+    assert evaluate.optimality_gap(normal, best_r, best_kl, 0.01, labels)["regret"] is None
+
+
+def test_standard_errors_are_over_prompts():
+    values = torch.tensor([[1.0, 1.0], [3.0, 3.0], [5.0, 5.0]])
+    found = evaluate.mean_and_se("x", values)
+    assert found == {"x": 3.0, "x_se": pytest.approx(2 / 3**0.5)}
+
+
+def test_nats_per_byte_of_a_uniform_model(toy):
+    reference = toy.returned["reference"]
+    weights = reference["weights"] | {"wte.weight": reference["weights"]["wte.weight"] * 0}
+    uniform, tokenizer = (
+        load_gpt(reference | {"weights": weights}, CPU),
+        data.load_tokenizer(reference["tokens"]),
+    )
+    texts = toy.returned["dataset"].unseen_texts
+    n = sum(len(ids) - 1 for ids in texts)
+    length = sum(len(tokenizer.decode_bytes(ids[1:-1])) for ids in texts)
+    expected = n * math.log(tokenizer.n_vocab) / length
+    assert evaluate.nats_per_byte(uniform, texts, tokenizer) == pytest.approx(expected, rel=1e-3)

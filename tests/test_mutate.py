@@ -1,0 +1,34 @@
+"""Mutation testing of dpo.py: a few mutants here, all of them with `python tests/mutate.py`."""
+
+import os
+
+import mutate
+import pytest
+
+SOURCE = (mutate.ROOT / "dpo.py").read_text(encoding="utf-8")
+MUTANTS = mutate.mutants(SOURCE)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes")
+@pytest.mark.parametrize("mutant", MUTANTS[7::60], ids=lambda mutant: mutant.name)
+def test_mutant_makes_a_theorem_fail(mutant):
+    """One edit of dpo.py  =>  a theorem fails.  pitfall 32"""
+    assert mutate.in_fork(mutant, 10) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes")
+def test_unchanged_source_survives():
+    """No edit  =>  no theorem fails"""
+    tree = mutate.ast.parse(SOURCE)
+    unchanged = mutate.Mutant("bradley_terry: unchanged", tree, tree.body[0], tree.body[0])
+    assert mutate.in_fork(unchanged, 3) is None
+
+
+def test_equivalent_mutants_are_mutants():
+    """A name in EQUIVALENT  =>  a mutant of dpo.py as it is, left out of the list"""
+    without = mutate.EQUIVALENT.copy()
+    mutate.EQUIVALENT.clear()
+    names = {mutant.name for mutant in mutate.mutants(SOURCE)}
+    mutate.EQUIVALENT.update(without)
+    assert set(without) <= names and len(MUTANTS) == len(names) - len(without)
+    assert len(MUTANTS) > 200

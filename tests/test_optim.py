@@ -1,0 +1,92 @@
+"""lib/optim.py and beyond/muon.py: batches, the learning-rate schedule, and Muon."""
+
+import numpy as np
+import pytest
+import torch
+
+from beyond.muon import Muon, orthogonalize
+from lib.optim import OPTIMIZERS, length_bucketed_batches, linear_warmup_decay
+
+SHAPES = [(8, 8), (4, 16), (16, 4), (48, 12), (16, 4)]
+
+
+@pytest.fixture(params=[True, False], ids=["bf16 units", "no units"])
+def units(request, monkeypatch) -> bool:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    return request.param
+
+
+def trained(optimizer_of) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = optimizer_of(params)
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def test_muon_takes_the_steps_of_torch_optim_muon(units):
+    """Up to bfloat16 rounding, which is below 5 % of the movement."""
+    how = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
+    ours = trained(lambda params: Muon(params, **how))
+    theirs = trained(lambda params: torch.optim.Muon(params, **how))
+    start = trained(lambda params: torch.optim.SGD(params, lr=0.0))
+    for p, q, before in zip(ours, theirs, start, strict=True):
+        moved = (q - before).norm()
+        assert moved > 0.1 and (p - q).norm() < 0.05 * moved
+
+
+@pytest.mark.parametrize("rows, cols", [(24, 24), (12, 40), (40, 12)])
+def test_orthogonalize_keeps_singular_vectors_and_moves_singular_values_near_1(rows, cols, units):
+    """Against an SVD. Five steps bring singular values above 1 % of the norm into [0.65, 1.25]."""
+    torch.manual_seed(0)
+    x = torch.randn(3, rows, cols)
+    update = orthogonalize(x)
+    assert update.shape == x.shape and update.dtype == (torch.bfloat16 if units else torch.float32)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    found = u.mT @ update.float() @ vh.mT  # diagonal, if the singular vectors are the same
+    values = found.diagonal(dim1=1, dim2=2)
+    off_diagonal = (found - torch.diag_embed(values)).abs().max()
+    assert off_diagonal < (0.1 if units else 1e-3)
+    large = s / x.norm(dim=(1, 2))[:, None] > 0.01
+    assert large.any() and ((values > 0.65) & (values < 1.25))[large].all()
+    torch.testing.assert_close(orthogonalize(100 * x), update, atol=0.05, rtol=0)
+
+
+def test_a_zero_gradient_has_a_zero_update(units):
+    assert orthogonalize(torch.zeros(1, 3, 4)).abs().sum() == 0
+
+
+def test_the_learning_rate_warms_up_over_2_percent_and_ends_at_0():
+    lr = linear_warmup_decay(1000)
+    rates = [lr(step) for step in range(1001)]
+    assert rates[0] == pytest.approx(1 / 21) and rates[1000] == 0
+    assert rates[19] < rates[20] == max(rates) == pytest.approx(0.98)
+    assert np.allclose(np.diff(rates[20:]), -1 / 1000)
+    assert linear_warmup_decay(1)(0) > 0.9
+
+
+@pytest.mark.parametrize("n, batch_size", [(1003, 16), (7, 16), (16, 16), (40, 1)])
+def test_length_bucketed_batches_are_one_epoch_of_similar_lengths(n, batch_size):
+    lengths = np.random.default_rng(0).integers(1, 40, n)
+    batches = list(length_bucketed_batches(lengths, batch_size, np.random.default_rng(1)))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(n))
+    assert max(map(len, batches)) <= batch_size
+    again = list(length_bucketed_batches(lengths, batch_size, np.random.default_rng(2)))
+    assert n < 20 or [b.tolist() for b in batches] != [b.tolist() for b in again]
+    if n > 20 * batch_size > 20:
+        assert np.mean([np.ptp(lengths[b]) for b in batches]) < 5
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_lower_a_quadratic(name):
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = OPTIMIZERS[name]([p], lr=0.05)
+    for _ in range(30):
+        optimizer.zero_grad()
+        p.square().sum().backward()
+        optimizer.step()
+    assert p.square().sum() < 1

@@ -1,0 +1,27 @@
+"""Points the theorems at dpo.py: an argument named like an offered function receives that function.
+
+`offer.py` has the few functions that dpo.py and model.py offer in another form.
+"""
+
+from pathlib import Path
+
+import pytest
+from worlds import tolerance_in_use
+
+from beyond import conformance
+
+OFFERED = conformance.load(str(Path(__file__).with_name("offer.py")))
+
+
+def pytest_generate_tests(metafunc):
+    for name in metafunc.fixturenames:
+        if name in OFFERED:
+            metafunc.parametrize(name, [OFFERED[name]], ids=[name])
+        elif name in conformance.OFFERS:
+            reason = "not offered by this project; test_conformance.py runs it elsewhere"
+            metafunc.parametrize(name, [pytest.param(None, marks=pytest.mark.skip(reason))])
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    tolerance_in_use.set(1e-9)

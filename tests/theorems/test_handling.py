@@ -1,0 +1,290 @@
+"""What surrounds the loss: the reference, rows and masks, tokenisation, fine-tuning, the model."""
+
+import copy
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mistakes import mistake
+from torch import nn
+from worlds import (
+    END,
+    V,
+    assert_same,
+    bigram,
+    gpt,
+    log_probability,
+    responses,
+    rows,
+    seeds,
+    uniform,
+)
+
+token_lists = st.lists(st.integers(0, 5), min_size=1, max_size=5)
+
+
+# ------------------------------------------------- the reference
+
+
+@mistake(
+    "the reference is the policy itself, not a copy",
+    28,
+    "reference = copy.deepcopy(policy), frozen, before the first step",
+)
+def test_reference_stays_where_the_policy_started(make_reference):
+    """pi_theta moves  =>  pi_ref does not.  pitfall 28"""
+    pi = bigram(0)
+    reference = make_reference(pi)
+    with torch.no_grad():
+        pi.logits.add_(1.0)
+    ids = torch.tensor([[0, 1, 2]])
+    assert_same(reference(ids), bigram(0)(ids), 0.1)  # in any precision
+
+
+@mistake(
+    "policy and reference have different dtypes",
+    14,
+    "keep both in the same dtype, or the first loss is not ln 2",
+)
+def test_reference_has_the_policys_dtype(make_reference):
+    """pi_ref is a copy of pi_theta  =>  the same dtype and bitwise the same logits.  pitfall 14"""
+    ids = torch.tensor([[0, 1, 0]])
+    for dtype in (torch.float32, torch.float64):
+        pi = gpt(0).to(dtype)
+        reference = make_reference(pi)
+        assert {p.dtype for p in reference.parameters()} == {dtype}
+        assert torch.equal(reference(ids), pi(ids))
+
+
+@mistake("the reference can be trained", 28, "requires_grad_(False) on the reference")
+def test_reference_is_frozen(make_reference):
+    """pi_ref has no trainable parameter, and pi_theta keeps all of its own.  pitfall 28"""
+    pi = bigram(0)
+    reference = make_reference(pi)
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.requires_grad for p in pi.parameters())
+
+
+@mistake(
+    "precomputed reference log-probabilities differ from those computed in training",
+    18,
+    "use the same function, mask and dtype for both, with the model in eval mode",
+)
+@given(seed=seeds)
+def test_reference_log_probabilities_are_the_models(reference_logps, seed):
+    """log pi_ref(y|x) computed beforehand is the chain rule's.  pitfall 18"""
+    pi = bigram(seed)
+    expected = [log_probability(pi, [0], y) for y in responses([0])]
+    found = reference_logps(pi, *rows([0], responses([0])))
+    assert_same(found, torch.stack(expected))
+    assert not found.requires_grad, "the reference carries a gradient"
+
+
+@mistake("the random state changes", 18, "do not draw random numbers while scoring: use eval()")
+def test_scoring_the_reference_draws_no_random_number(reference_logps):
+    """The random state is the same before and after.  pitfall 18"""
+    state = torch.get_rng_state()
+    reference_logps(bigram(0), *rows([0], responses([0])))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------- rows and masks, in the order of diagnosis
+
+
+@mistake(
+    "an end token is added to a response that has none",
+    11,
+    "a response cut by the length limit has no end token; keep the ids as sampled",
+)
+@given(x=token_lists, y=token_lists)
+def test_no_end_token_is_added(collate, x, y):
+    """A response without end token  =>  its ids are kept as they are.  pitfalls 9, 11"""
+    eos = 6
+    ids, mask = collate([x], [y], eos, 20)
+    found = ids[0][mask[0]].tolist()
+    assert eos not in found, f"the mask holds {found}, the response is {y}"
+
+
+@mistake(
+    "the mask is built from ids != pad, so that an end token equal to the padding is lost",
+    10,
+    "build the mask from lengths",
+)
+@given(x=token_lists, y=token_lists)
+def test_mask_covers_an_end_token_that_equals_the_padding(collate, x, y):
+    """pad = eos  =>  the mask holds the response with its end token, once.  pitfall 10"""
+    eos = 5
+    y = [0, *[t for t in y if t != eos], eos]
+    ids, mask = collate([x, x], [y, [*y[:-1], 0, 1, eos]], eos, 20)
+    found = ids[0][mask[0]].tolist()
+    assert found[-1:] == [eos], f"the mask holds {found}, the response is {y}"
+
+
+@mistake(
+    "the mask is shifted, or covers part of the prompt or padding",
+    2,
+    "the mask is True exactly on the response's tokens, in the same positions as ids",
+)
+@given(xs=st.lists(token_lists, min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_mask_covers_exactly_the_responses(collate, xs, seed):
+    """Rows of unequal lengths  =>  ids under the mask are the responses, and ids before it the
+    prompts.  pitfalls 2, 3, 7"""
+    ys = [[(seed + i + k) % 5 for k in range(1 + (seed + i) % 4)] for i in range(len(xs))]
+    ids, mask = collate(xs, ys, 5, 20)
+    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        assert ids[i][mask[i]].tolist() == y
+        start = int(mask[i].int().argmax())
+        assert ids[i, start - len(x) : start].tolist() == x
+
+
+@mistake(
+    "truncation empties or cuts a response silently",
+    20,
+    "cut the prompt from the left, or drop the pair and say so; keep every response token",
+)
+@given(x=st.lists(st.integers(0, 5), min_size=6, max_size=9), y=token_lists)
+def test_long_prompt_leaves_the_response_whole(collate, x, y):
+    """Prompt and response exceed the maximum length  =>  the whole response is in the mask, or the
+    pair is refused with an error.  pitfall 20"""
+    try:
+        ids, mask = collate([x], [y], 0, 8)
+    except ValueError:
+        return
+    assert ids[0][mask[0]].tolist() == y, "the response was cut"
+
+
+# ------------------------------------------------- tokenisation
+
+
+def merging_encoder(text: str) -> list[int]:
+    """A byte-pair encoding with one merge: "ab" is one token."""
+    merged = text.replace("ab", "\uffff")
+    return [ord(c) for c in merged]
+
+
+@mistake(
+    "a merge across the boundary of prompt and response",
+    8,
+    "encode prompt and response separately and concatenate the ids",
+)
+@given(x=st.text("abc", min_size=1, max_size=6), y=st.text("abc", min_size=1, max_size=6))
+def test_prompt_and_response_are_encoded_separately(tokenize, x, y):
+    """Any strings  =>  encode(x) and encode(y): no token spans both.  pitfall 8"""
+    x_ids, y_ids = tokenize(merging_encoder, x, y)
+    assert list(x_ids) == merging_encoder(x), "the prompt's ids depend on the response"
+    assert list(y_ids) == merging_encoder(y), "the response's ids depend on the prompt"
+
+
+@mistake(
+    "text is stripped before it is encoded",
+    9,
+    "keep the text, or better the sampled ids, exactly as they are",
+)
+@given(x=st.text("ab ", min_size=1, max_size=6), y=st.text("ab ", min_size=1, max_size=6))
+def test_whitespace_is_kept(tokenize, x, y):
+    """Leading and trailing blanks  =>  they are encoded too.  pitfall 9"""
+    x_ids, y_ids = tokenize(lambda text: [ord(c) for c in text], x, y)
+    assert [*x_ids, *y_ids] == [ord(c) for c in x + y]
+
+
+# ------------------------------------------------- supervised fine-tuning
+
+
+@mistake("padding is in the loss", 3, "mask the labels of padding")
+def test_fine_tuning_ignores_padding(sft_loss):
+    """More padding, or another padding token  =>  the same loss.  pitfall 3"""
+    pi = bigram(0)
+    same = [rows([0], [[1, END]], length, pad) for length, pad in ((3, 0), (8, 0), (8, 1))]
+    losses = torch.stack([sft_loss(pi, *batch) for batch in same])
+    assert_same(losses, losses[0].expand(3))
+
+
+@mistake(
+    "the loss is summed or averaged per sequence, not per token",
+    21,
+    "divide the sum over all tokens by the number of tokens in the batch",
+)
+@given(seed=seeds)
+def test_fine_tuning_loss_is_a_mean_over_tokens(sft_loss, seed):
+    """Responses of unequal lengths => the loss is the mean nats per response token. pitfall 21"""
+    pi, ys = bigram(seed), [[1], [0, 1, END]]
+    nats = -sum(log_probability(pi, [0], y) for y in ys)
+    assert_same(sft_loss(pi, *rows([0], ys)), nats / 4)
+
+
+@mistake("the prompt or a shifted token is in the loss", 1, "shift labels by one; mask the prompt")
+@given(seed=seeds)
+def test_fine_tuning_loss_of_one_response_is_its_log_probability(sft_loss, seed):
+    """One response of L tokens  =>  the loss is -log pi(y|x) / L.  pitfall 1"""
+    pi = bigram(seed)
+    found = sft_loss(pi, *rows([0, 1], [[1, 0]], 6))
+    assert_same(found, -log_probability(pi, [0, 1], [1, 0]) / 2)
+
+
+# ------------------------------------------------- the model
+
+
+@mistake("the model sees later tokens: no causal mask", 4, "mask attention to later positions")
+def test_later_tokens_are_invisible(make_model):
+    """Token t changes  =>  logits before t stay.  pitfall 4"""
+    pi, ids = make_model(V, 6).eval(), torch.tensor([[0, 1, 0, 1, 1]])
+    logits = pi(ids)
+    for t in range(5):
+        changed = ids.clone()
+        changed[0, t] = END
+        assert_same(pi(changed)[:, :t], logits[:, :t], 1e-5)
+
+
+@mistake(
+    "the model does not see earlier tokens of the response",
+    4,
+    "an attention mask hides padding only, never the response",
+)
+def test_earlier_tokens_are_visible(make_model):
+    """Token t changes  =>  all logits from t on move.  pitfall 4"""
+    torch.manual_seed(0)
+    pi, ids = make_model(V, 6).eval(), torch.tensor([[0, 1, 0, 1, 1]])
+    with torch.no_grad():
+        for p in pi.parameters():
+            p.add_(0.3 * uniform(p.shape, -1.0, 1.0, p.numel()).to(p.dtype))
+    logits = pi(ids)
+    for t in range(5):
+        changed = ids.clone()
+        changed[0, t] = END
+        moved = (pi(changed) - logits).abs().amax(-1)[0, t:]
+        assert (moved > 0).all(), f"token {t} does not reach positions {(moved == 0).nonzero()}"
+
+
+@mistake(
+    "dropout is on, so that policy and reference differ at the start",
+    12,
+    "no dropout in DPO: set it to 0, or call eval() on the policy as well",
+)
+def test_training_and_evaluation_mode_are_one_function(make_model):
+    """train() and eval() give the same logits.  pitfall 12"""
+    pi, ids = make_model(V, 6), torch.tensor([[0, 1, 0, 1]])
+    assert torch.equal(pi.train()(ids), pi.eval()(ids))
+
+
+@mistake(
+    "weights in half precision swallow small steps",
+    16,
+    "keep float32 master weights and use autocast for the products",
+)
+def test_weights_are_at_least_float32(make_model):
+    """All parameters are float32 or better => a step of 1e-6 moves a weight near 1. pitfall 16"""
+    assert {p.dtype for p in make_model(V, 6).parameters()} <= {torch.float32, torch.float64}
+
+
+@mistake("logits depend on batch-mates", 26, "no normalisation over the batch")
+def test_rows_of_a_batch_are_independent(make_model):
+    """A row alone, or beside others  =>  the same logits.  pitfall 26"""
+    pi, ids = make_model(V, 6).eval(), torch.tensor([[0, 1, 0], [1, 1, END]])
+    assert_same(pi(ids)[:1], pi(ids[:1]), 1e-5)
+
+
+def test_reference_of_a_trained_policy_is_that_policy(make_reference):
+    """A copy of a policy has its log-probabilities.  pitfall 28"""
+    pi = bigram(3)
+    assert isinstance(make_reference(pi), nn.Module)
+    assert_same(make_reference(copy.deepcopy(pi)).logits, pi.logits)

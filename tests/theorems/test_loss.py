@@ -1,0 +1,316 @@
+"""Eq. 7 and its gradient, as functions of the four log-probabilities of a pair."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mistakes import mistake
+from worlds import LN_2, assert_at_most, assert_same, betas, margins, number, pairs, shifts, worlds
+
+steps = st.integers(1, 16).map(lambda k: k / 4)
+
+
+def at_margin(dpo_loss, h, beta):
+    """The loss where log pi_theta / pi_ref of y_w exceeds that of y_l by h."""
+    h = torch.as_tensor(h, dtype=torch.float64).reshape(-1)
+    zero = torch.zeros_like(h)
+    return dpo_loss(h, zero, zero, zero, beta)
+
+
+def slopes(dpo_loss, p):
+    """d loss / d each of the four log-probabilities, (4, B)."""
+    leaves = [side.clone().requires_grad_() for side in p[:4]]
+    loss = dpo_loss(*leaves, p.beta).sum()
+    assert loss.requires_grad, "the loss has no gradient"
+    return torch.stack(
+        torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    ).double()
+
+
+# ------------------------------------------------- Eq. 7, in the order of diagnosis
+
+
+@mistake(
+    "a log-probability of the policy is detached, or computed under no_grad",
+    13,
+    "call .detach() or torch.no_grad() on the reference's log-probabilities only",
+)
+@given(p=pairs)
+def test_gradient_reaches_both_responses(dpo_loss, p):
+    """pi_theta = pi_ref  =>  dL / dlog pi(y_w) and dL / dlog pi(y_l) are not 0.  Section 4's
+    gradient; pitfall 13"""
+    start = p._replace(logp_w=p.ref_logp_w, logp_l=p.ref_logp_l)
+    w, l, _, _ = slopes(dpo_loss, start)
+    assert (w.abs() > 0).all(), "y_w gets no gradient at the start"
+    assert (l.abs() > 0).all(), "y_l gets no gradient at the start"
+
+
+@mistake(
+    "log(sigmoid(z)) overflows; the log-sigmoid must be one function",
+    15,
+    "use torch.nn.functional.logsigmoid(z) (or -softplus(-z)), not torch.log(torch.sigmoid(z))",
+)
+@given(z=st.integers(100, 20_000).map(float))
+def test_loss_of_a_hopeless_pair_is_finite(dpo_loss, z):
+    """L_DPO(-5) as in Eq. 7  =>  L_DPO(-z) = z for z >> 0, where s(-z) underflows.  pitfall 15"""
+    loss = at_margin(dpo_loss, -z, 1.0)
+    assert torch.isfinite(loss).all(), f"the loss at beta h = {-z} is {loss.item()}"
+    near = at_margin(dpo_loss, -5.0, 1.0).double()
+    if torch.isclose(near, number([5.00671535]), atol=1e-5):
+        assert_same(loss, [z])
+
+
+@mistake(
+    "y_w and y_l are exchanged, or the sign of the loss is wrong",
+    31,
+    "the loss is -logsigmoid(beta * (log-ratio of y_w - log-ratio of y_l))",
+)
+@given(p=pairs)
+def test_chosen_response_is_pushed_up(dpo_loss, p):
+    """pi_theta = pi_ref  =>  dL / dlog pi(y_w) < 0.  Section 4's gradient; pitfall 31"""
+    start = p._replace(logp_w=p.ref_logp_w, logp_l=p.ref_logp_l)
+    assert (slopes(dpo_loss, start)[0] < 0).all(), "the loss pushes log pi(y_w) down"
+
+
+@mistake(
+    "the reference is left out of the log-ratio, or has the wrong sign",
+    13,
+    "use beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l)); the loss then starts at ln 2",
+)
+@given(p=pairs, c=shifts.filter(bool))
+def test_loss_depends_on_policy_and_reference_through_their_ratio_alone(dpo_loss, p, c):
+    """log pi_theta(y_w) + c and log pi_ref(y_w) + c  =>  the same loss.  Eq. 7; pitfall 13"""
+    moved = p._replace(logp_w=p.logp_w + c, ref_logp_w=p.ref_logp_w + c)
+    assert_same(dpo_loss(*moved), dpo_loss(*p))
+
+
+@mistake(
+    "more than the margin matters: an extra term, a clamp, or probabilities for log-probabilities",
+    None,
+    "the loss depends on logp_w - logp_l - ref_logp_w + ref_logp_l and on nothing else",
+)
+@given(h=margins, beta=betas)
+def test_loss_does_not_depend_on_how_the_margin_arises(dpo_loss, h, beta):
+    """h from y_w rising, y_l falling, or pi_ref  =>  the same loss.  Eq. 7"""
+    h, zero = number([h]), torch.zeros(1, dtype=torch.float64)
+    sources = [(h, zero, zero, zero), (zero, -h, zero, zero), (zero, zero, -h, zero)]
+    sources += [(zero, zero, zero, h), (h / 2 - 9, -h / 2 - 9, zero - 7, zero - 7)]
+    losses = torch.cat([dpo_loss(*source, beta) for source in sources])
+    assert_same(losses, losses[0].expand(5))
+
+
+@mistake(
+    "the reference's log-probabilities of y_w and y_l are exchanged or shared",
+    13,
+    "subtract ref_logp_w from logp_w, and ref_logp_l from logp_l",
+)
+@given(p=pairs, c=shifts.filter(bool))
+def test_loss_ignores_a_constant_that_both_log_ratios_share(dpo_loss, p, c):
+    """Both log-ratios + c  =>  the same loss: beta log Z cancels.  Eq. 7 and Eq. 6; pitfall 13"""
+    moved = p._replace(logp_w=p.logp_w + c, logp_l=p.logp_l + c)
+    assert_same(dpo_loss(*moved), dpo_loss(*p))
+
+
+@mistake(
+    "the loss is normalised by a quantity that depends on the batch",
+    19,
+    "return one loss per pair; average over pairs once, at the end",
+)
+@given(p=pairs)
+def test_loss_of_a_pair_ignores_the_other_pairs(dpo_loss, p):
+    """A pair alone, or in a batch  =>  the same loss.  Eq. 7; pitfall 19"""
+    alone = [dpo_loss(*(side[i : i + 1] for side in p[:4]), p.beta) for i in range(len(p.logp_w))]
+    together = dpo_loss(*p)
+    assert together.shape == p.logp_w.shape, f"shape {tuple(together.shape)}, expected (B,)"
+    assert_same(together, torch.cat(alone))
+
+
+@mistake(
+    "the loss does not start at ln 2: it is not -log sigmoid, or has an extra term",
+    13,
+    "use -torch.nn.functional.logsigmoid(beta * h) and nothing else",
+)
+@given(p=pairs)
+def test_loss_is_ln_2_where_policy_and_reference_agree(dpo_loss, p):
+    """pi_theta = pi_ref  =>  L_DPO = ln 2 for every beta.  Eq. 7; pitfall 13"""
+    loss = dpo_loss(p.ref_logp_w, p.ref_logp_l, p.ref_logp_w, p.ref_logp_l, p.beta)
+    assert_same(loss, torch.full_like(loss, LN_2))
+
+
+@mistake(
+    "beta divides the margin",
+    24,
+    "multiply: beta * (logp - ref_logp). A larger beta means a stronger pull to the reference",
+)
+@given(z=st.integers(1, 10).map(lambda k: k / 40), beta=betas)
+def test_larger_beta_counts_the_same_margin_for_more(dpo_loss, z, beta):
+    """h > 0, beta_1 < beta_2  =>  L(h) is no larger at beta_2 than at beta_1.  Eq. 7; pitfall 24"""
+    h = z / beta
+    assert_at_most(at_margin(dpo_loss, h, 2 * beta), at_margin(dpo_loss, h, beta))
+
+
+@mistake(
+    "beta is missing, squared, or multiplies something else than the log-ratios",
+    22,
+    "the loss is -logsigmoid(beta * h) with h the difference of the log-ratios",
+)
+@given(p=pairs, c=steps)
+def test_loss_depends_on_beta_times_the_margin_alone(dpo_loss, p, c):
+    """Log-ratios times c, beta over c  =>  the same loss.  Eq. 7; pitfall 22"""
+    scaled = p._replace(
+        logp_w=p.ref_logp_w + c * (p.logp_w - p.ref_logp_w),
+        logp_l=p.ref_logp_l + c * (p.logp_l - p.ref_logp_l),
+        beta=p.beta / c,
+    )
+    assert_same(dpo_loss(*scaled), dpo_loss(*p))
+
+
+@mistake(
+    "sigmoid instead of log-sigmoid, or a gradient with the weight of Appendix A.4",
+    31,
+    "the weight of the gradient is sigmoid(r_hat_l - r_hat_w): large where the ranking is wrong",
+)
+@given(h=st.integers(1, 200).map(lambda k: k / 10), beta=betas)
+def test_wrongly_ranked_pair_has_the_larger_gradient(dpo_loss, h, beta):
+    """h > 0  =>  |dL/dh| at -h exceeds that at h.  Section 4's gradient; pitfall 31"""
+    h = number([-h, h]).requires_grad_()
+    slope = torch.autograd.grad(at_margin(dpo_loss, h, beta).sum(), h)[0]
+    wrong, right = slope.abs()
+    assert wrong > right, "a correctly ranked pair has the larger gradient"
+
+
+@mistake(
+    "label smoothing, or the loss of another method (conservative DPO)",
+    None,
+    "plain DPO has no label smoothing: the loss tends to 0 as the margin grows",
+)
+@given(z=st.integers(30, 60), beta=betas)
+def test_loss_of_a_sure_pair_tends_to_zero(dpo_loss, z, beta):
+    """z >> 0  =>  L_DPO <= exp(-z).  Eq. 7"""
+    assert_at_most(at_margin(dpo_loss, z / beta, beta), 2.0**-30)
+
+
+@mistake(
+    "not a convex loss: sigmoid, or a product of probabilities, instead of log-sigmoid",
+    None,
+    "use -torch.nn.functional.logsigmoid",
+)
+@given(h=margins, k=margins, beta=betas)
+def test_loss_is_convex_in_the_margin(dpo_loss, h, k, beta):
+    """L((h + k) / 2) <= (L(h) + L(k)) / 2.  Eq. 7"""
+    middle = at_margin(dpo_loss, (h + k) / 2, beta)
+    assert_at_most(middle, (at_margin(dpo_loss, h, beta) + at_margin(dpo_loss, k, beta)) / 2)
+
+
+@mistake(
+    "another loss than -log sigmoid (hinge, square, or a truncated one)",
+    None,
+    "use -torch.nn.functional.logsigmoid(beta * h); no margin, offset or clamp",
+)
+@given(h=margins, step=st.integers(1, 100).map(lambda k: k / 10))
+def test_loss_falls_with_the_margin(dpo_loss, h, step):
+    """h_1 < h_2  =>  L(h_1) > L(h_2) > 0.  Eq. 7"""
+    low, high = at_margin(dpo_loss, number([h, h + step]), 1.0)
+    assert low > high > 0
+
+
+@mistake(
+    "the value is not that of Eq. 7",
+    None,
+    "write loss = -logsigmoid(beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l)))",
+)
+@given(p=pairs)
+def test_loss_is_minus_log_likelihood_of_the_preference(dpo_loss, p):
+    """r_hat = beta log pi_theta / pi_ref  =>  L_DPO = -log s(r_hat_w - r_hat_l).  Eq. 7"""
+    z = p.beta * ((p.logp_w - p.ref_logp_w) - (p.logp_l - p.ref_logp_l))
+    assert_same(dpo_loss(*p), torch.logaddexp(torch.zeros(()), -z))
+
+
+@mistake(
+    "the likelihood is not that of Bradley-Terry: both orders must have probability 1 together",
+    None,
+    "use -torch.nn.functional.logsigmoid(beta * h)",
+)
+@given(p=pairs)
+def test_both_orders_of_a_pair_have_probability_one(dpo_loss, p):
+    """exp(-L(y_w, y_l)) + exp(-L(y_l, y_w)) = 1.  Eq. 7 and Eq. 1"""
+    other_order = dpo_loss(p.logp_l, p.logp_w, p.ref_logp_l, p.ref_logp_w, p.beta)
+    assert_same((-dpo_loss(*p)).exp() + (-other_order).exp(), torch.ones_like(p.logp_w))
+
+
+# ------------------------------------------------- the gradient
+
+
+@mistake(
+    "the gradient has the weight printed in Appendix A.4",
+    31,
+    "the weight is sigmoid(r_hat_l - r_hat_w), as in Section 4",
+)
+@given(h=margins.filter(bool), beta=betas)
+def test_gradient_tells_the_main_text_from_appendix_a4(dpo_loss, h, beta):
+    """The gradient's weight is s(r_hat_l - r_hat_w), as in Section 4.  The last line of App. A.4
+    prints s(r_hat_w - r_hat_l), which is 1 minus it and equal at h = 0 alone.  pitfall 31"""
+    at = number([h]).requires_grad_()
+    weight = -torch.autograd.grad(at_margin(dpo_loss, at, beta).sum(), at)[0] / beta
+    main_text, appendix = torch.sigmoid(number([-beta * h, beta * h]))
+    assert_same(weight, main_text[None])
+    assert not torch.isclose(weight.double(), appendix, atol=1e-4)
+
+
+@mistake(
+    "the reference receives a gradient, or the gradient has a factor too many",
+    13,
+    "compute the reference's log-probabilities under torch.no_grad()",
+)
+@given(p=pairs)
+def test_gradient_is_weighted_by_the_error_of_the_implicit_reward(dpo_loss, p):
+    """dL / dlog pi(y_w) = -dL / dlog pi(y_l) = -beta s(r_hat_l - r_hat_w).  Section 4's gradient"""
+    z = p.beta * ((p.logp_w - p.ref_logp_w) - (p.logp_l - p.ref_logp_l))
+    expected = p.beta * torch.sigmoid(-z)
+    assert_same(slopes(dpo_loss, p)[:2], torch.stack((-expected, expected)))
+
+
+@mistake(
+    "the gradient does not reach the parameters as Section 4 has it",
+    31,
+    "pass log pi_theta through unchanged; only the reference is constant",
+)
+@given(w=worlds)
+def test_gradient_of_a_softmax_policy_is_the_papers(dpo_loss, w):
+    """pi = softmax(logits)  =>  grad L = -beta s(r_hat_l - r_hat_w) (grad log pi(y_w) - grad log
+    pi(y_l)), with grad log pi(y) = one_hot(y) - pi.  Section 4's gradient"""
+    logits = w.logp.clone().requires_grad_()
+    log_pi = logits.log_softmax(-1)
+    loss = dpo_loss(log_pi[:1], log_pi[1:2], w.ref_logp[:1], w.ref_logp[1:2], w.beta)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    score = torch.eye(len(w.r), dtype=torch.float64) - w.logp.exp()
+    z = w.beta * ((w.logp - w.ref_logp)[0] - (w.logp - w.ref_logp)[1])
+    assert_same(gradient, -w.beta * torch.sigmoid(-z) * (score[0] - score[1]))
+
+
+# ------------------------------------------------- implicit rewards and metrics
+
+
+@mistake(
+    "an implicit reward without its beta", 22, "r_hat = beta * (logp - ref_logp); log it detached"
+)
+@given(p=pairs)
+def test_implicit_rewards_are_beta_times_the_log_ratios(implicit_rewards, p):
+    """r_hat_w = beta log pi_theta / pi_ref (y_w), and so for y_l.  Eq. 5; pitfall 22"""
+    expected = p.beta * (p.logp_w - p.ref_logp_w), p.beta * (p.logp_l - p.ref_logp_l)
+    assert_same(torch.stack(implicit_rewards(*p)), torch.stack(expected))
+
+
+@mistake("the reward is not beta times the log-ratio", 22, "r_hat = beta * (logp - ref_logp)")
+@given(p=pairs)
+def test_implicit_reward_is_beta_times_the_log_ratio(implicit_reward, p):
+    """r_hat = beta log pi_theta / pi_ref.  Eq. 5; pitfall 22"""
+    expected = p.beta * (p.logp_w - p.ref_logp_w)
+    assert_same(implicit_reward(p.logp_w, p.ref_logp_w, p.beta), expected)
+
+
+def test_a_lower_loss_need_not_raise_the_chosen_response(dpo_loss):
+    """Not a theorem: L_DPO falls => log pi(y_w) rises.  Counterexample: pi_ref = (1/3, 1/3, 1/3),
+    pi = (1/4, 1/20, 7/10).  Eq. 7; pitfall 23"""
+    ref, pi = number([[1 / 3, 1 / 3, 1 / 3], [1 / 4, 1 / 20, 7 / 10]]).log()
+    before, after = (dpo_loss(p[:1], p[1:2], ref[:1], ref[1:2], 1.0) for p in (ref, pi))
+    assert after < before and pi[0] < ref[0]

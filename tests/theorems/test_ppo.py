@@ -1,0 +1,468 @@
+"""beyond/ppo.py: its estimates against full enumeration, and training against the known optimum.
+
+Every response of the model can be listed. An expectation over responses is therefore a sum, and
+"unbiased" is an equation without a standard error.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import (
+    CONTEXT,
+    END,
+    PROMPTS,
+    V,
+    assert_at_most,
+    assert_same,
+    enumerated,
+    gpt,
+    kl,
+    preferences,
+    responses,
+    rows,
+    seeds,
+    tilt,
+    triplets,
+    uniform,
+)
+
+import dpo
+from beyond import ppo
+
+SINGLE = 1e-5  # model.sample returns float32
+lams = st.integers(0, 10).map(lambda k: k / 10)
+
+
+def critic_of(pi, seed: int) -> ppo.ValueModel:
+    """A value model with a different output at every token."""
+    critic = ppo.ValueModel(pi)
+    with torch.no_grad():
+        critic.value.weight.copy_(uniform(critic.value.weight.shape, -1.0, 1.0, seed))
+    return critic
+
+
+def drawn_reward(x, seed: int):
+    """A reward of every response to x, (N,) nats."""
+    return uniform((len(responses(x)),), -2.0, 2.0, seed)
+
+
+def drawn_tokens(x, seed: int, length: int = CONTEXT):
+    """The mask of every response to x, and two drawn values per token, 0 outside the mask."""
+    _, mask = rows(x, responses(x), length)
+    return mask, *(uniform(mask.shape, -1.0, 1.0, seed + k).masked_fill(~mask, 0.0) for k in (0, 1))
+
+
+# ------------------------------------------------- rewards and advantages
+
+
+@pytest.mark.parametrize("x", PROMPTS)
+def test_token_rewards_sum_to_the_integrand_of_the_objective(x):
+    """sum_t r_t = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ), with r at the last token.  Eq. 3"""
+    pi, pi_ref, r, beta = gpt(0), gpt(1), drawn_reward(x, 2), 0.7
+    ids, mask = rows(x, responses(x))
+    log_ratio = (dpo.response_logps(pi, ids, mask) - dpo.response_logps(pi_ref, ids, mask)).detach()
+    found = ppo.token_rewards(r, log_ratio, mask, beta)
+    assert_same(found.sum(-1), r - beta * (enumerated(pi, x) - enumerated(pi_ref, x)))
+    assert (found[~mask] == 0).all()
+    last = torch.tensor([len(x) + len(y) - 1 for y in responses(x)])
+    reward_alone = ppo.token_rewards(r, 0 * log_ratio, mask, beta)
+    assert_same(reward_alone[torch.arange(len(r)), last], r)
+
+
+@given(seed=seeds, lam=lams)
+def test_gae_is_its_definition(seed, lam):
+    """A_t = sum_k lam^k delta_{t+k}, delta_t = r_t + V_{t+1} - V_t, and V = 0 after the end"""
+    x = [1, 0]
+    mask, r, V_ = drawn_tokens(x, seed, length=6)
+    found = ppo.gae(r, V_, mask, lam)
+    for i, y in enumerate(responses(x)):
+        tokens = range(len(x), len(x) + len(y))
+        V_next = {t: V_[i, t + 1] if t + 1 in tokens else 0.0 for t in tokens}
+        delta = {t: r[i, t] + V_next[t] - V_[i, t] for t in tokens}
+        for t in range(6):
+            expected = sum(lam ** (u - t) * delta[u] for u in tokens if u >= t)
+            assert_same(found[i, t], expected if t in tokens else 0.0)
+
+
+@given(seed=seeds)
+def test_gae_at_one_is_the_reward_to_come_minus_the_value(seed):
+    """lam = 1  =>  A_t = sum_{u >= t} r_u - V_t"""
+    mask, r, V_ = drawn_tokens([0], seed)
+    to_come = r.flip(-1).cumsum(-1).flip(-1)
+    assert_same(ppo.gae(r, V_, mask, 1.0), (to_come - V_).masked_fill(~mask, 0.0))
+
+
+@given(seed=seeds, scale=st.integers(1, 8), shift=st.integers(-8, 8))
+def test_whitened_advantages_have_mean_0_and_variance_1(seed, scale, shift):
+    """Any advantages  =>  mean 0 and variance 1 over the tokens under the mask, 0 outside; an
+    increasing linear map of the advantages changes nothing"""
+    mask, A, _ = drawn_tokens([0], seed)
+    found = ppo.whiten(A, mask)
+    assert_same(found[mask].mean(), 0.0)
+    assert_same(found[mask].var(correction=0), 1.0, 1e-6)
+    assert (found[~mask] == 0).all()
+    assert_same(ppo.whiten((scale * A + shift).masked_fill(~mask, 0.0), mask), found, 1e-6)
+
+
+def test_value_of_a_token_depends_only_on_what_precedes_it():
+    """V_t is a function of x and y_<t, stands at token t, and is 0 outside the mask"""
+    critic = critic_of(gpt(0), 3)
+    ids, mask = rows([0], responses([0]))
+    values = ppo.token_values(critic, ids, mask)
+    assert_same(values[0, 1], critic(torch.tensor([[0]]))[0, 0])
+    assert (values[~mask] == 0).all() and (values[mask] != 0).all()
+    for t in range(1, CONTEXT):
+        other = ids.clone()
+        other[:, t:] = (other[:, t:] + 1) % V
+        changed = ppo.token_values(critic, other, mask)
+        assert_same(changed[:, : t + 1], values[:, : t + 1])
+
+
+# ------------------------------------------------- the policy gradient
+
+
+def exact_gradient(pi, pi_ref, x, r, beta):
+    """The gradient of E r - beta KL (Eq. 3), summed over every response."""
+    logp = dpo.response_logps(pi, *rows(x, responses(x))).sum(-1)
+    objective = (logp.exp() * (r - beta * (logp - enumerated(pi_ref, x)))).sum()
+    return torch.autograd.grad(objective, list(pi.parameters()))
+
+
+def estimated_gradient(pi, pi_ref, values, x, r, beta, lam):
+    """The mean over every response, by its probability, of the gradient of its surrogate."""
+    ids, mask = rows(x, responses(x))
+    logps = dpo.response_logps(pi, ids, mask)
+    old_logps = logps.detach()
+    log_ratio = old_logps - dpo.response_logps(pi_ref, ids, mask).detach()
+    advantages = ppo.gae(ppo.token_rewards(r, log_ratio, mask, beta), values, mask, lam)
+    each = ppo.surrogate(logps, old_logps, advantages, 0.2)
+    return torch.autograd.grad((old_logps.sum(-1).exp() * each).sum(), list(pi.parameters()))
+
+
+def exact_values(pi, pi_ref, x, r, beta):
+    """V(x, y_<t): the mean reward to come of the responses that begin with y_<t, (N, T)."""
+    ys = responses(x)
+    ids, mask = rows(x, ys)
+    logps, ref_logps = (dpo.response_logps(model, ids, mask).detach() for model in (pi, pi_ref))
+    rewards = ppo.token_rewards(r, logps - ref_logps, mask, beta)
+    to_come = rewards.flip(-1).cumsum(-1).flip(-1)
+    p, values = logps.sum(-1).exp(), torch.zeros_like(logps)
+    for i, y in enumerate(ys):
+        for t in range(len(y)):
+            same = torch.tensor([other[:t] == y[:t] and len(other) > t for other in ys])
+            column = len(x) + t
+            values[i, column] = (p * to_come[:, column])[same].sum() / p[same].sum()
+    return values
+
+
+def drawn_values(pi, x, seed: int):
+    return ppo.token_values(critic_of(pi, seed), *rows(x, responses(x))).detach()
+
+
+def distance(estimate, exact) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(estimate, exact, strict=True))
+
+
+@pytest.mark.parametrize("x", PROMPTS)
+def test_policy_gradient_is_unbiased_for_every_critic(x):
+    """lam = 1  =>  sum_y pi(y) grad surrogate(y) is the gradient of E r - beta KL at pi_theta =
+    pi_old, for every V.  Eq. 3"""
+    for seed in range(3):
+        pi, pi_ref, r = gpt(3 * seed), gpt(3 * seed + 1), drawn_reward(x, seed)
+        found = estimated_gradient(pi, pi_ref, drawn_values(pi, x, seed), x, r, 0.6, 1.0)
+        assert distance(found, exact_gradient(pi, pi_ref, x, r, 0.6)) < 1e-9
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95])
+def test_policy_gradient_is_unbiased_at_every_lam_if_the_critic_is_exact(lam):
+    """V exact  =>  unbiased at every lam; V wrong and lam < 1  =>  biased.  Eq. 3"""
+    x, pi, pi_ref = [0], gpt(0), gpt(1)
+    r = drawn_reward(x, 4)
+    exact = exact_gradient(pi, pi_ref, x, r, 0.6)
+    wrong = estimated_gradient(pi, pi_ref, drawn_values(pi, x, 5), x, r, 0.6, lam)
+    assert distance(wrong, exact) > 1e-3
+    values = exact_values(pi, pi_ref, x, r, 0.6)
+    assert distance(estimated_gradient(pi, pi_ref, values, x, r, 0.6, lam), exact) < 1e-9
+
+
+def test_gradient_of_the_surrogate_at_the_old_policy_is_the_policy_gradient():
+    """pi_theta = pi_old  =>  grad surrogate = sum_t A_t grad log pi(y_t|.), for each response"""
+    pi, (ids, mask) = gpt(0), rows([0], responses([0]))
+    A = uniform(mask.shape, -1.0, 1.0, 7).masked_fill(~mask, 0.0)
+    logps = dpo.response_logps(pi, ids, mask)
+    found = ppo.surrogate(logps, logps.detach(), A, 0.2)
+    for left, right in zip(found, (A * logps).sum(-1), strict=True):
+        gradients = [
+            torch.autograd.grad(side, list(pi.parameters()), retain_graph=True)
+            for side in (left, right)
+        ]
+        assert distance(*gradients) < 1e-9
+
+
+@given(seed=seeds)
+def test_surrogate_is_clipped_from_above_and_its_gradient_stops_there(seed):
+    """min(rho A, clip(rho) A) <= rho A; no gradient iff rho is beyond the clip on A's side"""
+    log_rho = uniform((40,), -1.0, 1.0, seed).requires_grad_()
+    A = uniform((40,), -1.0, 1.0, seed + 1)
+    found = ppo.surrogate(log_rho[:, None], torch.zeros(40, 1), A[:, None], 0.2)
+    rho = log_rho.exp()
+    assert_at_most(found, rho * A)
+    (gradient,) = torch.autograd.grad(found.sum(), log_rho)
+    stopped = ((A > 0) & (rho > 1.2)) | ((A < 0) & (rho < 0.8))
+    assert_same(gradient, torch.where(stopped, 0.0, rho * A))
+
+
+# ------------------------------------------------- the reward model
+
+
+def test_value_model_starts_at_zero_from_the_policys_weights():
+    pi = gpt(0)
+    r_phi = ppo.ValueModel(pi)
+    assert distance(list(r_phi.gpt.parameters()), list(pi.parameters())) == 0
+    assert r_phi.gpt.wte.weight is not pi.wte.weight
+    assert (r_phi(torch.tensor([[0, 1]])) == 0).all()
+    assert r_phi.value.weight.dtype == torch.float64
+
+
+def test_value_at_the_last_token_ignores_padding():
+    """y of n tokens after x of m tokens  =>  the value at m + n - 1, however long the row is"""
+    _, mask = rows([1, 0], responses([1, 0]), length=7)
+    values = torch.arange(7.0).expand(len(mask), 7)
+    expected = [1.0 + len(y) for y in responses([1, 0])]
+    assert ppo.at_last_token(values, mask).tolist() == expected
+
+
+def test_reward_loss_is_equation_2():
+    """-log s(r_phi(x, y_w) - r_phi(x, y_l)) of each pair, with r_phi read at the last token of
+    x + y alone.  Eq. 2"""
+    r_phi, found = critic_of(gpt(0, context=8), 3), triplets(5)
+    batch = preferences(found, gpt(0, context=8))
+    losses, correct = ppo.reward_loss(r_phi, batch)
+
+    def r(t, side):
+        return r_phi(torch.tensor([t["x"] + t[side]]))[0, -1].detach()
+
+    gaps = torch.stack([r(t, "y_w") - r(t, "y_l") for t in found])
+    assert_same(losses, -F.logsigmoid(gaps))
+    assert_same(correct, (gaps > 0).double())
+    expected = (batch.weight * correct).sum() / batch.weight.sum()
+    assert_same(ppo.pair_accuracy(r_phi, batch, batch_size=3), expected)
+
+
+@lru_cache
+def learnable() -> dpo.Preferences:
+    """Pairs whose better response has more of token 1."""
+    found = []
+    for n in range(80):
+        x = PROMPTS[n % 2]
+        ys = responses(x)
+        y, other = ys[n % len(ys)], ys[(3 * n + 1) % len(ys)]
+        if y.count(1) != other.count(1):
+            y_l, y_w = sorted((y, other), key=lambda y: y.count(1))
+            found.append({"prompt": n, "x": x, "y_w": y_w, "y_l": y_l, "weight": 1.0})
+    return preferences(found, gpt(0))
+
+
+def test_fitted_reward_orders_pairs_and_is_the_best_one_evaluated():
+    """A learnable reward  =>  learned. Of all evaluations, four per epoch, the best is returned,
+    also after a diverged run; more epochs give more evaluations"""
+    data = learnable()
+    best, evaluations = ppo.fit_reward(gpt(0), data, (30.0, 3e-2), 8, 0, epochs=2)
+    assert [e["lr"] for e in evaluations] == [30.0] * 8 + [3e-2] * 8
+    assert ppo.pair_accuracy(best, data) >= 0.9
+    assert max(e["accuracy"] for e in evaluations) >= 0.9
+    assert ppo.pair_accuracy(ppo.ValueModel(gpt(0)), data) == 0.5
+    other_order, _ = ppo.fit_reward(gpt(0), data, (3e-2, 30.0), 8, 0, epochs=2)
+    assert ppo.pair_accuracy(other_order, data) >= 0.9
+    r = ppo.reward_of(best)(data.ids, data.mask)
+    r_w, r_l = r[data.pairs].T
+    assert (r_w > r_l).double().mean() >= 0.9 and r.shape == (len(data.ids),)
+    assert not any(p.requires_grad for p in best.parameters())
+
+
+# ------------------------------------------------- training
+
+
+@lru_cache
+def exact_reward(x: tuple[int, ...]):
+    """A reward of every response to x, with mean 0 and variance 1 under pi_ref = gpt(0)."""
+    r, p = drawn_reward(list(x), 2), enumerated(gpt(0), list(x)).exp()
+    centred = r - (p * r).sum()
+    return centred / (p * centred.square()).sum().sqrt()
+
+
+def true_reward(ids, mask):
+    """`exact_reward` of rows."""
+    found = []
+    for row, inside in zip(ids, mask, strict=True):
+        start = int(inside.int().argmax())
+        x, y = row[:start].tolist(), row[inside].tolist()
+        found.append(exact_reward(tuple(x))[responses(x).index(y)])
+    return torch.stack(found)
+
+
+LONG = ppo.PPOConfig(iterations=60, batch_size=512, lr=1e-2, critic_lr=1e-2, beta=1.0)
+
+
+def train(config, seed=0, prompts=PROMPTS):
+    """The last pi_theta and metrics."""
+    pi_ref = gpt(0)
+    critic = ppo.ValueModel(pi_ref)
+    *_, last = ppo.ppo(pi_ref, critic, prompts * 256, true_reward, END, config, seed)
+    return last
+
+
+def distance_from_optimum(pi_theta):
+    """KL(pi_theta, tilt) / KL(pi_ref, tilt), per prompt, at beta = 1."""
+    ratios = []
+    for x in PROMPTS:
+        ref_logp = enumerated(gpt(0), x)
+        best = tilt(ref_logp, exact_reward(tuple(x)), 1.0)
+        ratios.append(kl(enumerated(pi_theta, x), best) / kl(ref_logp, best))
+    return max(ratios)
+
+
+def exact_kl(pi_theta):
+    return sum(kl(enumerated(pi_theta, x), enumerated(gpt(0), x)) for x in PROMPTS) / 2
+
+
+def test_rollout_contains_the_estimates_of_its_samples():
+    """Samples of pi_theta  =>  logps are log pi_theta, log_ratio is that of the response, returns
+    are V + GAE, and advantages are GAE, whitened if so configured"""
+    pi_theta, pi_ref, beta = gpt(3), gpt(0), 0.5
+    critic, config = critic_of(pi_ref, 1), ppo.PPOConfig(lam=0.7)
+
+    def run(config):
+        generator = torch.Generator().manual_seed(0)
+        prompts = PROMPTS * 200  # more rows than a chunk
+        return ppo.rollout(
+            pi_theta, pi_ref, critic, prompts, true_reward, END, beta, config, generator
+        )
+
+    plain, white = run(config), run(replace(config, whiten=True))
+    ids, mask = plain.ids, plain.mask
+    logps, ref_logps = (dpo.response_logps(pi, ids, mask).detach() for pi in (pi_theta, pi_ref))
+    values = ppo.token_values(critic, ids, mask).detach()
+    rewards = ppo.token_rewards(true_reward(ids, mask), logps - ref_logps, mask, beta)
+    advantages = ppo.gae(rewards, values, mask, 0.7)
+    assert_same(plain.logps, logps, SINGLE)
+    assert_same(plain.log_ratio, (logps - ref_logps).sum(1), SINGLE)
+    assert_same(plain.advantages, advantages, SINGLE)
+    assert_same(white.advantages, ppo.whiten(advantages, mask), SINGLE)
+    assert_same(white.returns, values + advantages, SINGLE)
+
+
+@given(kl_ratio=st.integers(0, 40).map(lambda k: k / 10))
+def test_controller_raises_beta_iff_the_kl_exceeds_its_target(kl_ratio):
+    """beta rises iff KL > target, by at most a fifth of the gain.  1909.08593, section 2.2"""
+    config = ppo.PPOConfig(target_kl=2.0)
+    beta = ppo.adapted_beta(0.5, 2.0 * kl_ratio, config)
+    assert (beta > 0.5) == (kl_ratio > 1) and (beta < 0.5) == (kl_ratio < 1)
+    assert abs(beta / 0.5 - 1) <= 0.2 * config.gain + 1e-12
+
+
+@given(target=st.integers(1, 40).map(lambda k: k / 4))
+def test_initial_beta_is_that_of_a_normal_reward(target):
+    """r ~ N(0, 1) under pi_ref  =>  the tilt is N(1 / beta, 1), at KL 1 / (2 beta^2) = target"""
+    r = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    ref_logp = (-r.square() / 2).log_softmax(-1)
+    best = tilt(ref_logp, r, ppo.initial_beta(target))
+    assert_same(kl(best, ref_logp), target, 1e-3)
+
+
+def test_value_model_approaches_the_exact_values():
+    """Updates of the critic alone, lam = 1  =>  V approaches E[rewards to come | x, y_<t]: its mean
+    squared error falls to a fifth of that of V = 0, and pi_theta stays pi_ref"""
+    pi_theta, pi_ref, beta = gpt(3), gpt(0), 0.5
+    critic = ppo.ValueModel(pi_ref)
+    config = ppo.PPOConfig(lam=1.0)
+    optimizers = ppo.adamw(pi_theta, 1.0), ppo.adamw(critic, 3e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def error(x):
+        r, ids_mask = exact_reward(tuple(x)), rows(x, responses(x))
+        exact, p = exact_values(pi_theta, pi_ref, x, r, beta), enumerated(pi_theta, x).exp()
+        wrong = (ppo.token_values(critic, *ids_mask) - exact).square().sum(1)
+        return (p * wrong).sum().item()
+
+    before = [error(x) for x in PROMPTS]
+    for _ in range(40):
+        sampled = ppo.rollout(
+            pi_theta, pi_ref, critic, PROMPTS * 512, true_reward, END, beta, config, generator
+        )
+        ppo.update(pi_theta, critic, optimizers, sampled, config, False, generator)
+    for x, start in zip(PROMPTS, before, strict=True):
+        assert error(x) < start / 5
+    assert distance(list(pi_theta.parameters()), list(gpt(3).parameters())) == 0
+
+
+def test_policy_learns_only_after_the_warmup_of_the_critic():
+    """iteration < critic_warmup  =>  pi_theta = pi_ref; later pi_theta moves. The given pi_ref and
+    critic never change"""
+    pi_ref, critic = gpt(0), ppo.ValueModel(gpt(0))
+    config = replace(LONG, iterations=4, batch_size=8, critic_warmup=2)
+    moved = []
+    for pi_theta, _ in ppo.ppo(pi_ref, critic, PROMPTS * 8, true_reward, END, config, 0):
+        moved.append(distance(list(pi_theta.parameters()), list(gpt(0).parameters())) > 0)
+    assert moved == [False, False, True, True]
+    assert distance(list(pi_ref.parameters()), list(gpt(0).parameters())) == 0
+    assert distance(list(critic.parameters()), list(ppo.ValueModel(gpt(0)).parameters())) == 0
+
+
+def test_a_seed_determines_the_policy():
+    """The same seed  =>  the same parameters. Another seed  =>  others, also with a single prompt,
+    where only the samples can differ"""
+    config = replace(LONG, iterations=2, batch_size=8)
+    a, b = (list(train(config, seed)[0].parameters()) for seed in (1, 1))
+    assert distance(a, b) == 0
+    for prompts in (PROMPTS, [[0]]):
+        a, b = (list(train(config, seed, prompts)[0].parameters()) for seed in (1, 2))
+        assert distance(a, b) > 0
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train(LONG)
+
+
+def test_ppo_with_the_true_reward_approaches_the_optimal_policy(trained):
+    """PPO-GT, beta fixed  =>  KL(pi_theta, tilt) < KL(pi_ref, tilt) / 30.  Eq. 4"""
+    pi_theta, _ = trained
+    assert distance_from_optimum(pi_theta) < 1 / 30
+
+
+@pytest.mark.parametrize(
+    "options", [{"whiten": True, "lr": 3e-3}, {"lam": 1.0, "critic_warmup": 5}], ids=str
+)
+def test_ppo_approaches_the_optimal_policy_with_other_options(options):
+    """Whitening; lam = 1 with critic warm-up  =>  KL(pi_theta, tilt) <= KL(pi_ref, tilt) / 10"""
+    pi_theta, _ = train(replace(LONG, batch_size=256, **options))
+    assert distance_from_optimum(pi_theta) < 1 / 10
+
+
+def test_metrics_are_what_enumeration_says(trained):
+    """Mean reward, KL and length of the samples  =>  E r, KL(pi_theta, pi_ref) and E |y| within
+    sampling error, averaged over prompts"""
+    pi_theta, metrics = trained
+    expected = {"reward": 0.0, "length": 0.0, "kl": exact_kl(pi_theta)}
+    for x in PROMPTS:
+        p = enumerated(pi_theta, x).exp()
+        lengths = torch.tensor([float(len(y)) for y in responses(x)]).double()
+        expected["reward"] += (p * exact_reward(tuple(x))).sum() / 2
+        expected["length"] += (p * lengths).sum() / 2
+    for name, tolerance in (("reward", 0.15), ("length", 0.15), ("kl", 0.1)):
+        assert abs(metrics[name] - expected[name]) < tolerance, name
+    assert metrics["beta"] == 1.0 and 0 <= metrics["clip_fraction"] < 0.2
+
+
+@pytest.mark.parametrize("target", [0.1, 0.4])
+def test_controller_finds_its_target(target):
+    """beta adapted  =>  KL(pi_theta, pi_ref) ends within a fifth of the target"""
+    beta = ppo.initial_beta(target)
+    pi_theta, _ = train(replace(LONG, batch_size=256, beta=beta, target_kl=target))
+    assert abs(exact_kl(pi_theta) - target) < 0.2 * target
