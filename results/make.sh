@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Every command behind the README's results, one after the other. It can be interrupted and repeated.
+# IMDB: the archive, if it is not to be downloaded.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for seed in 0 1 2 3 4; do
+    python train.py --seed $seed --out results/toy-$seed
+done
+for seed in 0 1 2; do
+    python train.py --data imdb ${IMDB:+--imdb "$IMDB"} --seed $seed --out results/imdb-$seed
+    python -m beyond.compare --seed $seed --out results/compare-$seed
+    python -m beyond.figure2 --seed $seed --out results/figure2-$seed
+done
+python -m beyond.ablations --out results/ablations
