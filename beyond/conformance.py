@@ -340,21 +340,23 @@ def diagnoses(results: list[Result]) -> list[Result]:
 
 
 def report(results: list[Result]) -> str:
-    """One block per function, the diagnoses, and a summary."""
-    functions = list(dict.fromkeys(result.function for result in results))
-    blocks = [listing(name, [r for r in results if r.function == name]) for name in functions]
+    """The diagnoses, one block per function that is offered, and a summary."""
+    offered = list(dict.fromkeys(r.function for r in results if r.outcome != "not offered"))
+    others = dict.fromkeys(r.function for r in results if r.function not in offered)
+    blocks = [listing(name, [r for r in results if r.function == name]) for name in offered]
+    if others:
+        line = f"Not offered, so not checked: {', '.join(others)}"
+        blocks.append(textwrap.fill(line, 100, subsequent_indent="    "))
     explained = [explanation(result, results) for result in diagnoses(results)]
     counts = {
         outcome: sum(r.outcome == outcome for r in results)
         for outcome in ("holds", "fails", "not offered")
     }
     summary = f"{counts['holds']} hold, {counts['fails']} fail, {counts['not offered']} not offered"
-    return "\n\n".join([*blocks, *explained, summary])
+    return "\n\n".join([*explained, *blocks, summary])
 
 
 def listing(function: str, results: list[Result]) -> str:
-    if all(result.outcome == "not offered" for result in results):
-        return f"{function}: not offered, {len(results)} statements not checked"
     lines = [f"  {result.outcome:12}{statement(result.name)}" for result in results]
     return "\n".join([f"{function}{OFFERS.get(function, '')}", *lines])
 

@@ -119,7 +119,7 @@ def test_log_probability_is_never_positive(response_logps, batch):
 @mistake(
     "no label shift: token t is scored with the logits at t, which already saw it",
     1,
-    "score ids[:, 1:] with logits[:, :-1]",
+    "score ids[:, 1:] with logits[:, :-1], under mask[:, 1:]",
 )
 @given(batch=batches)
 def test_token_is_scored_by_the_logits_before_it(response_logps, batch):
