@@ -205,7 +205,10 @@ def population_loss(logp: Tensor, batch: dpo.Preferences, beta: float) -> Tensor
 
 
 def minimise(loss, x: Tensor, gradient_norm: float = 1e-11) -> Tensor:
-    """Damped Newton down to the gradient norm. Raises AssertionError where it finds no minimum."""
+    """Damped Newton down to the gradient norm, or to 1e-8 where rounding ends the descent.
+
+    Raises AssertionError where it finds no minimum.
+    """
     for _ in range(100):
         x = x.detach().requires_grad_()
         value = loss(x)
@@ -218,7 +221,8 @@ def minimise(loss, x: Tensor, gradient_norm: float = 1e-11) -> Tensor:
         while loss((x - size * step).detach()) > value and size > 1e-8:
             size /= 2
         x = x - size * step
-    raise AssertionError("the optimiser found no minimum")
+    assert gradient.norm() < 1e-8, "the optimiser found no minimum"
+    return x.detach()
 
 
 # ------------------------------------------------- models
