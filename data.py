@@ -56,7 +56,6 @@ class Dataset:
     pairs: list[dict] = field(default_factory=list)  # or the preferences themselves
     eval_pairs: list[dict] = field(default_factory=list)
     reward: Reward | None = None  # r*, if it is known
-    eval_reward: Reward | None = None  # a second classifier, used for evaluation only
     notes: dict = field(default_factory=dict)  # for results.json
 
 
@@ -237,13 +236,11 @@ def train_classifier(positive: list[str], negative: list[str], epochs: int = 10)
     return SentimentClassifier(weight.detach(), bias.item())
 
 
-def imdb_rewards(reviews: dict[str, list[str]]) -> tuple:
-    """r*, trained on the training reviews; a second classifier, trained on the test reviews, for
-    evaluation only; and the accuracy of r* on the test reviews."""
-    positive, negative = reviews["test/pos"], reviews["test/neg"]
+def imdb_rewards(reviews: dict[str, list[str]]) -> tuple[SentimentClassifier, float]:
+    """r*, trained on the training reviews, and its accuracy on the test reviews."""
     reward = train_classifier(reviews["train/pos"], reviews["train/neg"])
-    right = torch.cat((reward(positive) > 0, reward(negative) < 0))
-    return reward, train_classifier(positive, negative), right.float().mean().item()
+    right = torch.cat((reward(reviews["test/pos"]) > 0, reward(reviews["test/neg"]) < 0))
+    return reward, right.float().mean().item()
 
 
 def load_imdb(reviews: dict, rewards: tuple, sizes: Sizes, seed: int, tokens) -> Dataset:
@@ -259,9 +256,9 @@ def load_imdb(reviews: dict, rewards: tuple, sizes: Sizes, seed: int, tokens) ->
     n = len(texts) // 10
     parts = sft_texts[: sizes.reviews], texts[n:], texts[:n]
     split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
-    reward, eval_reward, accuracy = rewards
+    reward, accuracy = rewards
     notes = {"classifier_accuracy": accuracy}
-    return Dataset(**split, reward=reward, eval_reward=eval_reward, notes=notes)
+    return Dataset(**split, reward=reward, notes=notes)
 
 
 # -------------------------------------------------- tokens, openings and prompts

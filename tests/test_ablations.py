@@ -142,6 +142,6 @@ def test_a_second_run_computes_nothing(out):
 
 def test_an_unknown_study_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stopped:
-        ablations.main(["--studies", "mend"])
+        ablations.main(["--studies", "missing"])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "mend" in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and "missing" in error and error.count("\n") == 1

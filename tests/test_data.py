@@ -95,10 +95,10 @@ def test_a_classifier_learns_words_and_pairs_of_words():
     torch.testing.assert_close(r(["not bad", "", "film"])[2:], r(["film"]))
 
 
-def test_r_star_and_the_evaluation_reward_are_different_classifiers(imdb):
-    """Trained on disjoint reviews, so that DPO cannot exploit both."""
-    r, eval_r, accuracy = imdb.returned["rewards"]
-    assert not torch.equal(r.weight, eval_r.weight) and 0.5 < accuracy <= 1
+def test_r_star_is_accurate_on_reviews_it_was_not_trained_on(imdb):
+    """Its accuracy on the test reviews is reported, and it agrees with the grammar's weights."""
+    r, accuracy = imdb.returned["rewards"]
+    assert 0.5 < accuracy <= 1
     texts = data.toy_reviews(200, 77)
     agree = (r(texts) > 0) == (REWARD(texts) > 0)
     assert agree.float().mean() > 0.6
