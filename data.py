@@ -11,15 +11,12 @@ that y_1 is preferred.
 What this file leaves out: models.
 """
 
-import gzip
 import random
 import re
 import tarfile
-import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -52,10 +49,10 @@ class Dataset:
     eval_prompts: list[list[int]]  # distinct, and not among `prompts`
     unseen_texts: list[list[int]]  # to measure how well pi_ref predicts text
     sft_texts: list[list[int]]  # for supervised fine-tuning
-    prompts: list[list[int]] = field(default_factory=list)  # to collect preferences on,
-    pairs: list[dict] = field(default_factory=list)  # or the preferences themselves
-    eval_pairs: list[dict] = field(default_factory=list)
-    reward: Reward | None = None  # r*, if it is known
+    prompts: list[list[int]] = field(default_factory=list)  # to collect preferences on
+    reward: Reward | None = None  # r*
+    pairs: Preferences | None = None  # in place of prompts and r*; without log pi_ref
+    eval_pairs: Preferences | None = None
     notes: dict = field(default_factory=dict)  # for results.json
 
 
@@ -144,7 +141,7 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
     """The reviews of an archive or an unpacked folder, in the order of their numbers.
 
     The keys are "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg". Nothing is
-    unpacked to disk. Raises OSError, ValueError, or an error of tarfile, gzip or zlib.
+    unpacked to disk. Raises OSError, ValueError, EOFError, or an error of tarfile or zlib.
     """
     reviews: dict[str, list] = defaultdict(list)
     for name, content in tqdm(imdb_files(path), "reading reviews", unit=" files"):
@@ -162,78 +159,67 @@ def imdb_files(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         yield from ((file.as_posix(), file.read_bytes()) for file in path.glob("**/*.txt"))
         return
-    total = 0
-    with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(path) as archive:
         for member in archive:
-            total += member.size
-            if total > 1 << 30:
-                raise ValueError("it unpacks to far more data than the reviews of IMDb")
             if member.isfile():
                 yield member.name, archive.extractfile(member).read()
-        while stream.read(1 << 20):  # to gzip's checksum, at the end
+        while archive.fileobj.read(1 << 20):  # to gzip's checksum, at the end
             pass
 
 
-Hashes = tuple[np.ndarray, np.ndarray]  # of a text's words, and of its pairs of words
-N_FEATURES = 1 << 21
-
-
-@cache
-def word_hash(word: str) -> int:
-    return zlib.crc32(word.encode())
-
-
-def hash_text(text: str) -> Hashes:
-    words = [word_hash(word) for word in re.findall(r"[a-z']+|[!?]", text.lower())]
-    hashes = np.array(words, dtype=np.int64)
-    return hashes % N_FEATURES, (hashes[:-1] * 31 + hashes[1:] * 17 + 7) % N_FEATURES
-
-
-def sentiment_logits(weight: Tensor, texts: list[Hashes]) -> Tensor:
-    """The sum of the weights of each text's n features, divided by sqrt(n). weight: (V, 1)."""
-    features = [np.concatenate(hashes) for hashes in texts]
-    n = np.array([len(f) for f in features])
-    starts, ids = (torch.from_numpy(a) for a in (np.cumsum(n) - n, np.concatenate(features)))
-    scale = torch.from_numpy(np.repeat(1 / np.sqrt(np.maximum(n, 1)), n)).float()
-    how = {"mode": "sum", "per_sample_weights": scale, "sparse": weight.requires_grad}
-    return F.embedding_bag(ids, weight, starts, **how).squeeze(1)
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z']+|[!?]", text.lower())
 
 
 @dataclass(frozen=True)
 class SentimentClassifier:
-    """Logistic regression on hashed words and pairs of neighbouring words. Its logit is r*."""
+    """Logistic regression on the words of a text. Its logit is r* of the IMDb dataset."""
 
-    weight: Tensor  # (N_FEATURES, 1)
-    bias: float
+    index: dict[str, int]  # the words that it knows; others are ignored
+    weight: Tensor  # (V, 1)
+    bias: Tensor  # (1,)
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
-        return sentiment_logits(self.weight, [hash_text(text) for text in texts]) + self.bias
+        return self.logits([words_of(text) for text in texts])
+
+    def logits(self, texts: list[list[str]]) -> Tensor:
+        """The sum of the weights of each text's n known words, divided by sqrt(n)."""
+        found = [[self.index[word] for word in words if word in self.index] for words in texts]
+        n = torch.tensor([len(ids) for ids in found])
+        ids = torch.tensor([i for ids in found for i in ids], dtype=torch.long)
+        sums = F.embedding_bag(ids, self.weight, n.cumsum(0) - n, mode="sum")[:, 0]
+        return sums / n.clamp(min=1).sqrt() + self.bias
 
 
-def train_classifier(positive: list[str], negative: list[str], epochs: int = 10):
-    """Minimise the cross-entropy with Adagrad, on whole reviews and on snippets.
+def train_classifier(positive: list[str], negative: list[str], epochs: int = 6):
+    """Minimise the cross-entropy with Adagrad. Words in fewer than 20 reviews are ignored.
 
-    Three quarters are snippets of 8 to 64 words, because it will judge openings of reviews.
+    A quarter of the examples are whole reviews. The others are snippets of 8 to 64 words, because
+    the classifier will judge openings of reviews.
     """
     rng = np.random.default_rng(0)
-    texts = [hash_text(text) for text in positive + negative]
-    target = (torch.arange(len(texts)) < len(positive)).float()
-    weight = torch.zeros(N_FEATURES, 1, requires_grad=True)
+    texts = [words_of(text) for text in positive + negative]
+    counts = Counter(word for words in texts for word in set(words))
+    known = sorted(word for word, n in counts.items() if n >= 20)
+    weight = torch.zeros(len(known), 1, requires_grad=True)
     bias = torch.zeros(1, requires_grad=True)
+    classifier = SentimentClassifier({w: i for i, w in enumerate(known)}, weight, bias)
+    target = (torch.arange(len(texts)) < len(positive)).float()
     optimizer = torch.optim.Adagrad([weight, bias], lr=0.3)
     for _ in tqdm(range(epochs), "training a sentiment classifier"):
         for rows in np.array_split(rng.permutation(len(texts)), max(1, len(texts) // 256)):
-            batch = []
-            for words, pairs in (texts[i] for i in rows):
-                n = len(words) if rng.random() < 0.25 else int(rng.integers(8, 65))
-                start = int(rng.integers(0, max(1, len(words) - n + 1)))
-                batch.append((words[start : start + n], pairs[start : start + n - 1]))
-            logits = sentiment_logits(weight, batch) + bias
+            logits = classifier.logits([snippet(texts[i], rng) for i in rows])
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(logits, target[rows]).backward()
             optimizer.step()
-    return SentimentClassifier(weight.detach(), bias.item())
+    return replace(classifier, weight=weight.detach(), bias=bias.detach())
+
+
+def snippet(words: list[str], rng: np.random.Generator) -> list[str]:
+    n = len(words) if rng.random() < 0.25 else int(rng.integers(8, 65))
+    start = int(rng.integers(0, max(1, len(words) - n + 1)))
+    return words[start : start + n]
 
 
 def imdb_rewards(reviews: dict[str, list[str]]) -> tuple[SentimentClassifier, float]:
@@ -315,8 +301,8 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
 def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> list[list[int]]:
     """The first sentences of each review: as many as fit in the context, then the end token.
 
-    A sentence ends with . ! or ? before a space or the review's end. Reviews whose first sentence
-    does not fit, or has fewer than 5 tokens, are left out.
+    A sentence ends with . ! or ? before a space or the review's end. Reviews in which no sentence
+    ends between the fifth token and the context are left out.
     """
     tokens, end = token_bytes(tokenizer), tokenizer.eot_token
     closes = [re.search(rb"[.!?][\"')]*$", token) is not None for token in tokens]

@@ -3,6 +3,8 @@
 Rafailov, Sharma, Mitchell, Ermon, Manning, Finn (2023), arXiv 2305.18290. Equation numbers are
 those of version 3.
 
+    J(pi)       = E r(x, y) - beta KL(pi, pi_ref), the objective                (Eq. 3)
+    pi_r(y|x)   = pi_ref(y|x) exp( r(x, y) / beta ) / Z(x), its optimum         (Eq. 4)
     L_DPO       = -E log sigma( r_hat(x, y_w) - r_hat(x, y_l) )                 (Eq. 7)
     r_hat(x, y) = beta log( pi_theta(y|x) / pi_ref(y|x) )
 
@@ -237,16 +239,10 @@ def train(
         grad_norm = nn.utils.clip_grad_norm_(pi_theta.parameters(), max_grad_norm)
         optimizer.step()
 
-        margin = (r_hat_w - r_hat_l).detach()
-        logp_w, logp_l, _, _ = pair_logps(logps.detach(), batch)
-        metrics = {
-            "loss": losses.detach(),
-            "r_hat_w": r_hat_w.detach(),
-            "r_hat_l": r_hat_l.detach(),
-            "margin": margin,
-            "accuracy": (margin.sign() + 1) / 2,
-            "logp_w": logp_w,
-            "logp_l": logp_l,
-        }
-        means = {name: (share * value).sum() for name, value in metrics.items()}
+        with torch.no_grad():
+            margin = r_hat_w - r_hat_l
+            metrics = {"loss": losses, "r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
+            metrics["accuracy"] = (margin.sign() + 1) / 2
+            metrics["logp_w"], metrics["logp_l"], _, _ = pair_logps(logps, batch)
+            means = {name: (share * value).sum() for name, value in metrics.items()}
         yield means | {"grad_norm": grad_norm}

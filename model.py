@@ -25,6 +25,7 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 6  # nh
     n_embd: int = 192  # C = nh * hs
+    bias_scale: float = 0  # of the bias of each token's logit; 0 for none, as in GPT-2
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
@@ -98,6 +99,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.bias_scale else None
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -124,7 +126,8 @@ class GPT(nn.Module):
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
         with self.autocast():
-            return h @ self.wte.weight.T
+            logits = h @ self.wte.weight.T
+            return logits if self.bias is None else logits + self.config.bias_scale * self.bias
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -151,13 +154,9 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one response y ~ pi( . | x) for each prompt x, token by token.
 
-    A response ends with the token `end`, or without it where the context is full. Returns ids, mask
+    A response ends with the token `end`, or is cut off where the context is full. Returns ids, mask
     and logps, (B, context) each and on the CPU: prompt and response, padded on the right; True on
     the response; and log pi(y_t | x, y_<t) at temperature 1 on the response, 0 elsewhere.
-
-    All rows start where the shortest prompt ends. A row that is still inside its prompt takes the
-    prompt's next token instead of a sampled one, so no row needs padding on the left.
-
     Raises ValueError for an empty prompt, or one that leaves no room for a response.
     """
     lengths = torch.tensor([len(x) for x in prompts], device=pi.device)
@@ -167,17 +166,17 @@ def sample(
     ids = torch.tensor([x + [end] * (context - len(x)) for x in prompts], device=pi.device)
     logps = torch.zeros(ids.shape, device=pi.device)
     rows = torch.arange(len(prompts), device=pi.device)  # the rows that have not ended
-    cache = pi.new_cache(len(prompts))
+    cache, new = pi.new_cache(len(prompts)), ids[:, :start]
 
-    new = ids[:, :start]
+    # All rows start where the shortest prompt ends. A row that is still inside its prompt takes the
+    # prompt's next token instead of a sampled one, so no row needs padding on the left.
     for t in range(start, context):
         h = pi.hidden(new, cache, t - new.size(1))[:, -1]
         logits = pi.head(h).float()  # (rows, V)
         y = draw((logits / temperature).softmax(-1), generator)  # (rows, 1)
-        y = torch.where((t < lengths[rows])[:, None], ids[rows, t, None], y)
-        ids[rows, t] = y[:, 0]
-        logps[rows, t] = logits.gather(1, y)[:, 0] - logits.logsumexp(1)
-        new = y
+        new = torch.where((t < lengths[rows])[:, None], ids[rows, t, None], y)
+        ids[rows, t] = new[:, 0]
+        logps[rows, t] = logits.gather(1, new)[:, 0] - logits.logsumexp(1)
         if t % 8 == 0:  # drop rows that have ended; not at every token, as that copies the cache
             _, ended = response_mask(ids[rows, : t + 1], lengths[rows], end)
             going = (~ended).nonzero()[:, 0]
@@ -186,8 +185,8 @@ def sample(
             rows, new, cache = rows[going], new[going], cache.index_select(2, going)
 
     mask, _ = response_mask(ids, lengths, end)
-    padding = ~mask & (torch.arange(context, device=pi.device) >= lengths[:, None])
-    ids = ids.masked_fill(padding, end)
+    after = mask.cumsum(1) == mask.sum(1, keepdim=True)
+    ids = ids.masked_fill(after & ~mask, end)
     return ids.cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()
 
 

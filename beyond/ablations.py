@@ -33,6 +33,7 @@ from data import Dataset
 from dpo import Preferences
 from lib.checkpoint import load_gpt
 from lib.cli import flag
+from lib.evaluate import EvalSet
 from lib.inference import compute_logps
 from lib.io import BadInput
 from lib.report import BLUE, ORANGE
@@ -154,7 +155,8 @@ def train_epochs(
     optimizer: str,
     lr: float,
     batch_size: int,
-    prompts: list,
+    dataset: Dataset,
+    eval_set: EvalSet,
     rounds: int,
     seed: int,
     device: torch.device,
@@ -165,7 +167,7 @@ def train_epochs(
     """
     policy, policies, A, B = reference, [], [0.0], [0.0]
     for k in range(rounds):
-        how = optimizer, lr, 1, batch_size, prompts, seed + k, device
+        how = optimizer, lr, 1, batch_size, dataset, eval_set, seed + k, device
         policy = train.train_dpo(policy, preferences, loss, *how)
         policies.append(policy)
         logps = compute_logps(load_gpt(policy, device), preferences.ids, preferences.mask)
@@ -182,6 +184,7 @@ def train_online(
     lr: float,
     batch_size: int,
     dataset: Dataset,
+    eval_set: EvalSet,
     beta: float,
     K: int,
     rounds: int,
@@ -193,7 +196,7 @@ def train_online(
     for k in range(rounds):
         args = preferences, policy, reference, dataset, K, beta, 1000 * seed + k, device
         fresh = compare.online(compare.make_round(*args))
-        how = optimizer, lr, 1, batch_size, dataset.eval_prompts, seed + k, device
+        how = optimizer, lr, 1, batch_size, dataset, eval_set, seed + k, device
         policy = train.train_dpo(policy, fresh, loss, *how)
         policies.append(policy)
     return {"policies": policies}
@@ -202,12 +205,12 @@ def train_online(
 def over_epochs(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float) -> dict:
     """The stage of `train_epochs`."""
     cfg = e.cfg
-    args = cfg.optimizer, lr * cfg.lr, cfg.batch_size, e.dataset.eval_prompts, cfg.rounds
+    args = cfg.optimizer, lr * cfg.lr, cfg.batch_size, e.dataset, e.eval_set, cfg.rounds
     return stage(name, train_epochs, e.reference, preferences, loss, *args, cfg.seed, e.device)
 
 
 def walks(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> dict[str, dict]:
-    """Losses at beta 1 on certain labels: where --rounds epochs lead, and A and B after each."""
+    """Train --rounds epochs at beta 1 on deterministic labels. Adds A and B after each epoch."""
     args = e.preferences, e.dataset, e.reference, e.cfg.seed
     labelled = stage("certain", certain, *args)
     found = {}
@@ -230,7 +233,16 @@ def epochs(stage: Stage, e: Experiment) -> dict[str, dict]:
     """Beta 0.5, after 1, 2, 4, ... epochs over a tenth of the prompts."""
     cfg, (loss, lr) = e.cfg, loss_and_lr("dpo", 1)
     few = stage("first-tenth", first_tenth, e.preferences)
-    args = cfg.optimizer, lr * cfg.lr, cfg.batch_size, e.dataset, 0.5, cfg.completions, cfg.rounds
+    args = (
+        cfg.optimizer,
+        lr * cfg.lr,
+        cfg.batch_size,
+        e.dataset,
+        e.eval_set,
+        0.5,
+        cfg.completions,
+        cfg.rounds,
+    )
     paths = {"offline": over_epochs(stage, e, "epochs-offline", few, loss, lr)}
     args = *args, cfg.seed, e.device
     paths["online"] = stage("epochs-online", train_online, e.reference, few, loss, *args)

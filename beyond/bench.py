@@ -9,8 +9,8 @@ preferences between 4 completions of each of 16 prompts.
 
 Every repetition runs each task once, and ratios are of one repetition, so that a busy machine slows
 both sides. The table has medians. The share is the arithmetic that a step needs, without padding,
-divided by its time and by the rate of a large matrix product. Dtypes that the processor has no
-units for are skipped. OMP_NUM_THREADS sets the number of threads.
+divided by its time and by the rate of a large matrix product. Dtypes that the processor does not
+support natively are skipped. OMP_NUM_THREADS sets the number of threads.
 
 TRL computes pi_ref in each step, and each completion once for each of its pairs. Here pi_ref is
 computed once, before training, and completions are shared by their pairs.
@@ -265,7 +265,7 @@ def table(results: dict) -> str:
         cells = ("{what}", "{who}", "{dtype}", "{per_second:,.0f} {unit}", ratio, share, loss)
         lines.append(f"| {' | '.join(cells)} |".format(**row))
     for dtype in results["skipped"]:
-        lines.append(f"{dtype} is skipped: this processor has no units for it")
+        lines.append(f"{dtype} is skipped: this processor does not support it natively")
     if not importlib.util.find_spec("trl"):
         lines.append("TRL is not installed; pip install trl to compare with it")
     lines.append("{cpu}, {threads} threads, torch {torch}".format(**results))

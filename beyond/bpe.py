@@ -1,4 +1,4 @@
-"""Learn a byte-level BPE tokenizer. `data.load_tokenizer` runs it."""
+"""Learn the tokens of a byte-level BPE tokenizer. `data.load_tokenizer` builds it from them."""
 
 import heapq
 import re

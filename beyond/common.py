@@ -69,10 +69,9 @@ def prepare(cfg: train.Config, stage: Stage, device: torch.device) -> Experiment
         raise BadInput(f"--data {cfg.data}: this needs a known reward; use toy or imdb")
     seed, reference = cfg.seed, train.initial_model(cfg)
     dataset = train.load_dataset(cfg, stage, reference["tokens"])
-    if cfg.sft_steps != 0:
-        lr = 5e-4 if cfg.init and not cfg.from_scratch else 6e-3
-        args = dataset.sft_texts, cfg.sft_steps, cfg.sft_batch_size, lr, seed, device
-        reference = stage("reference", train.sft, reference, *args)
+    lr = 5e-4 if cfg.init and not cfg.from_scratch else 6e-3
+    args = dataset.sft_texts, cfg.sft_steps, cfg.sft_batch_size, lr, seed, device
+    reference = stage("reference", train.sft, reference, *args)
     made = stage("completions", train.complete, reference, dataset, cfg.completions, seed, device)
     args = made["completions"], made["rewards"], cfg.labels, cfg.pairs, seed
     preferences, counts = stage("preferences", label_pairs, *args)
@@ -111,7 +110,7 @@ def train_on_pairs(
     """The stage of `train.train_dpo` with any loss, from pi_ref. lr: in units of --lr."""
     cfg = e.cfg
     how = cfg.optimizer, lr * cfg.lr, epochs or cfg.epochs, cfg.batch_size
-    args = *how, e.dataset.eval_prompts, cfg.seed, e.device
+    args = *how, e.dataset, e.eval_set, cfg.seed, e.device
     return stage(name, train.train_dpo, e.reference, preferences, loss, *args)
 
 
@@ -189,7 +188,9 @@ def best_of_n_rows(r: Tensor, lengths: Tensor) -> list[dict]:
     ascending = {name: v.gather(1, order).mean(0) for name, v in values.items()}
     rows = []
     for n in (n for n in BEST_OF if n <= N):
-        p = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)]).double()
+        p = torch.tensor(
+            [math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.double
+        )
         row = {name: (p @ v).item() for name, v in ascending.items()}
         rows.append({"n": n, "kl": math.log(n) - (n - 1) / n} | row)
     return rows
@@ -198,7 +199,7 @@ def best_of_n_rows(r: Tensor, lengths: Tensor) -> list[dict]:
 def about(e: Experiment) -> dict:
     """What results.json says about pi_ref, the optimum and the run."""
     r, lengths = e.eval_set.rewards, e.ref_lengths
-    settings = {name: getattr(value, "name", value) for name, value in vars(e.cfg).items()}
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(e.cfg).items()}
     return {
         "config": settings,
         "labels": e.counts,
@@ -296,8 +297,8 @@ def command(
 ) -> int:
     """`--summary DIR DIR ...` prints the table over finished runs. Otherwise run, and print it.
 
-    run: (cfg, stage, device) -> results, or {} while it plans. It is called twice: to plan, and to
-    work.
+    run: (cfg, stage, device) -> (results, figures), or None while planning. It is called twice:
+    first to plan, then to do the work.
     """
     name = prog.removesuffix(".py")
     if argv[:1] == ["--summary"]:

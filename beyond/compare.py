@@ -30,6 +30,7 @@ from beyond import common, losses, pairs
 from beyond.pairs import Ids, Reward, Sample, Score
 from data import Dataset, label_pairs
 from lib.cli import flag
+from lib.evaluate import EvalSet
 from lib.inference import compute_logps
 from lib.checkpoint import load_gpt
 from lib.io import BadInput
@@ -206,7 +207,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """train.py's settings, with fewer prompts, so that all methods fit in a few minutes."""
+    """train.py's settings with other defaults, so that all methods run in a few minutes."""
 
     loss: str = flag("dpo")  # no flag, as the next two
     loss_args: tuple = flag(())
@@ -228,6 +229,7 @@ def train_method(
     reference: dict,
     preferences: dpo.Preferences,
     dataset: Dataset,
+    eval_set: EvalSet,
     cfg: tuple[str, int, int, int],
     seed: int,
     device: torch.device,
@@ -242,7 +244,7 @@ def train_method(
     if method.loss is losses.kto:
         loss = partial(recorded, loss=loss, z_0=z_0)
     P = int(preferences.prompt.max()) + 1
-    how = optimizer, lr, epochs, batch_size, dataset.eval_prompts, seed, device
+    how = optimizer, lr, epochs, batch_size, dataset, eval_set, seed, device
     for k in range(method.rounds):
         given = common.subset(preferences, torch.arange(k, P, method.rounds))
         round_seed = 1000 * seed + k
@@ -259,7 +261,8 @@ def make_round(given, policy, reference, dataset, K, beta, seed, device) -> Roun
 
 def recorded(logps: Tensor, batch: dpo.Preferences, loss: dpo.Loss, z_0: list[float]):
     """A loss that appends KTO's reference point to `z_0`."""
-    z_0.append(losses.reference_point(logps, batch).item())
+    if torch.is_grad_enabled():  # a training step, not a look at held-out pairs
+        z_0.append(losses.reference_point(logps, batch).item())
     return loss(logps, batch)
 
 
@@ -272,7 +275,7 @@ def held_out_loss(
     dataset: Dataset,
     device: torch.device,
 ) -> float:
-    """The mean loss on held-out pairs, by which learning rates were chosen."""
+    """The mean loss on held-out pairs, for choosing learning rates without the true reward."""
     if method.source not in FRESH:
         args = policy, reference, dataset, 0, hyper["beta"], 0, device
         held_out = method.source(make_round(held_out, *args))
@@ -289,7 +292,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict] | 
     for name in cfg.methods:
         method = METHODS[name]
         for i, (hyper, lr) in enumerate(zip(method.strengths(), method.lrs, strict=True)):
-            args = e.reference, e.preferences, e.dataset, how, cfg.seed, device
+            args = e.reference, e.preferences, e.dataset, e.eval_set, how, cfg.seed, device
             lr = lr * cfg.times * cfg.lr
             policy = stage(f"{name}-{i}", train_method, method, hyper, lr, *args)
             held = e.reference, e.eval_set.pairs, e.dataset, device

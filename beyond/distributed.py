@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -40,10 +39,11 @@ from tqdm import tqdm
 
 import dpo
 import train
+from data import load_tokenizer
 from lib import cli, evaluate, optim, report
 from lib.checkpoint import load_gpt
 from lib.io import BadInput
-from lib.loss import load_loss
+from lib.extension import load_loss
 from lib.stage import Stage, stage_key
 from model import GPT
 
@@ -172,15 +172,12 @@ def complete(reference: dict, dataset, K: int, seed: int, device: torch.device, 
 
 
 def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, optimizer: str,
-              lr: float, epochs: int | None, batch_size: int, prompts: list[list[int]], seed: int,
+              lr: float, epochs: int | None, batch_size: int, dataset, eval_set, seed: int,
               device: torch.device, job: Job) -> dict:  # fmt: skip
     """As `train.train_dpo`."""
     pi_theta = shard(reference, device, job[0])
-    rng, lengths = np.random.default_rng(seed), train.longest_rows(preferences).numpy()
-    epochs = epochs or math.ceil(100 * batch_size / len(lengths))
-    batches = []
-    for _ in range(epochs):
-        batches += map(torch.from_numpy, optim.length_bucketed_batches(lengths, batch_size, rng))
+    tokenizer = load_tokenizer(reference["tokens"])
+    batches = list(map(torch.from_numpy, train.make_batches(preferences, epochs, batch_size, seed)))
     opt, steps, curves = OPTIMIZERS[optimizer](pi_theta.parameters(), lr), len(batches), []
     for row in train_sharded(pi_theta, preferences, loss, opt, batches, lr, job, "training"):
         curves.append(row)
@@ -189,7 +186,8 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, opt
             policy = gather(pi_theta, reference)
             if dist.get_rank() == 0:
                 models = load_gpt(policy, device), load_gpt(reference, device)
-                row |= evaluate.monitor(*models, prompts, seed)
+                seen = evaluate.monitor(*models, loss, dataset, eval_set, tokenizer, seed)
+                row |= seen[0] | {"samples": seen[1]}
     return gather(pi_theta, reference) | {"curves": curves}
 
 
@@ -232,7 +230,6 @@ def lead(args, settings: Settings) -> str:
     results = train.run(settings, ParallelStage(args.out, settings), device)
     dist.broadcast_object_list([None])
     shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
-    report.write_report(args.out, results)
     return report.summary(results)
 
 

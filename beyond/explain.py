@@ -198,7 +198,7 @@ def table(runs: list[dict]) -> str:
             cells += [common.interval_cell(differences), common.verdict(differences)]
         rows.append([*cells, *[""] * (10 - len(cells))])
     head = ["method", "prompts", "fraction", "KL", "gain", "length", "pair accuracy"]
-    head += ["reward's pair accuracy", "DPO less this, 95 %", "DPO above this"]
+    head += ["reward's pair accuracy", "DPO minus this, 95% CI", "DPO above this"]
     return common.markdown(head, rows)
 
 

@@ -14,9 +14,9 @@ Each run is evaluated once, after training. A method's curve joins its runs in t
 KL. No run is left out because of its reward, so the mean of a curve over seeds is not biased
 upward, as the mean of a hull over noisy points is.
 
-The curve is broken between runs whose KLs differ by more than a factor 1.6. Table entries in such a
-hole are in brackets, and verdicts do not use them. A verdict needs three seeds, and a 95 % interval
-that excludes 0.
+The curve is broken between runs whose KLs differ by more than a factor of 1.6. Table entries in
+such a gap are in brackets, and verdicts do not use them. A verdict needs three seeds and a 95%
+interval that excludes 0.
 
 The paper's reward is a probability, which saturates. Ours is a logit, in nats, as the oracle of EXO
 (2402.00856). Tables and figure show both: the gain in r*, and P(positive), the mean of sigmoid(r*).
@@ -360,7 +360,7 @@ def table(runs: list[dict]) -> str:
         head = [f"{title} at a KL of", *(f"{kl:g}" for kl in grid)]
         rows = [[m, *(entry(runs, m, y, kl) for kl in grid)] for m in methods]
         tables.append(common.markdown(head, rows))
-    head = ["claim: DPO less the other, nats, at", *(f"{kl:g}" for kl in grid)]
+    head = ["claim: DPO minus the other, nats, at", *(f"{kl:g}" for kl in grid)]
     head += ["mean gain, 95 %", "mean P(positive), 95 %", "verdict"]
     tables.append(common.markdown(head, claim_rows(runs)))
     tables.append(common.markdown(["run", *COLUMNS.values()], end_rows(runs)))

@@ -245,6 +245,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def to_published(checkpoint: dict, folder: Path):
     """Write config.json and model.safetensors, which transformers loads as GPT2LMHeadModel."""
+    if checkpoint["config"].get("bias_scale"):
+        raise BadInput("the model has a bias for each token's logit, which GPT-2's layout lacks")
     end = checkpoint["config"]["vocab_size"] - 1
     config = FUNCTION | {theirs: checkpoint["config"][ours] for ours, theirs in SIZES.items()}
     config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end}
@@ -279,6 +281,15 @@ def save(checkpoint: dict, path: Path):
         part.unlink(missing_ok=True)
 
 
+def published(source: str) -> dict:
+    """The checkpoint of a published model, by its name or from a folder. Raises BadInput."""
+    if source in PUBLISHED:
+        return read_checkpoint(ensure_gpt2(source))
+    if Path(source).is_dir():
+        return from_published(Path(source))
+    raise BadInput(f"{source}: is not a checkpoint, a folder, or one of {', '.join(PUBLISHED)}")
+
+
 # ------------------------------------------------- the command line
 
 
@@ -296,9 +307,7 @@ def convert(source: str, out: Path | None) -> str:
     if Path(source).is_file():
         to_published(read_checkpoint(Path(source)), out)
         return f"{out}: for GPT2LMHeadModel.from_pretrained; the tokenizer is not part of it"
-    if not Path(source).is_dir():
-        raise BadInput(f"{source}: is not a folder, a checkpoint, or one of {', '.join(PUBLISHED)}")
-    save(from_published(Path(source)), out)
+    save(published(source), out)
     return f"next: python train.py --init {out}"
 
 

@@ -1,4 +1,4 @@
-"""Losses published after DPO, next to Eq. 7: formula, arXiv number, optimum.
+"""Preference losses other than Eq. 7: formula, arXiv number, optimum.
 
     A, B    log pi_theta / pi_ref of y_w and of y_l, in nats    h = A - B, and z = beta h
     |y|     number of tokens of a response

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum with orthogonalized updates, for the matrices of a model.
 
 It computes the same update as `torch.optim.Muon`, which uses bfloat16 on every processor. Without
-bfloat16 units that is 42 times slower for the matrices of the IMDb model.
+native bfloat16 that is 42 times slower for the matrices of the IMDb model.
 """
 
 import math
@@ -18,7 +18,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     matrices: (n, rows, cols). Newton-Schulz: each of five steps maps every singular value s to
     a s + b s^3 + c s^5, and brings it into [0.7, 1.2] or so. The products use bfloat16 only where
-    the device has units for it.
+    the hardware supports it natively.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if bf16_supported(matrices.device) else matrices.float()

@@ -1,11 +1,12 @@
-"""Write one page about a run: figure, training curves, table, settings, command and samples.
+"""One page about a run: figure, training curves, table, settings, command and samples.
 
-    python -m beyond.page out       writes out/report.html from out/results.json
+    python -m beyond.page out       writes out/report.html, curves.png and samples.txt again
 
-The page contains everything it shows and loads nothing. In the samples, the colour of a word is its
-contribution in context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and
-orange for pi_theta, as in the figures; so words that raise r* are green and underlined, and words
-that lower it are red with a dotted underline.
+All of it comes from out/results.json. train.py writes it at the end of a run. The page contains
+everything it shows and loads nothing. In the samples, the colour of a word is its contribution in
+context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and orange for
+pi_theta, as in the figures; so words that raise r* are green and underlined, and words that lower
+it are red with a dotted underline.
 """
 
 import argparse
@@ -15,9 +16,12 @@ import io
 import json
 import shlex
 import sys
+import textwrap
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from beyond.sample import printable, true_reward
@@ -26,6 +30,15 @@ from lib import cli, report
 from lib.io import BadInput, atomic_write, open_user_file
 from train import Config
 
+PANELS = {  # metric in the curves: title
+    "loss": "loss",
+    "accuracy": "accuracy on training pairs",
+    "margin": "margin, nats",
+    "r_hat_w": r"$\log \pi_\theta / \pi_{ref}$ of $y_w$, nats",
+    "r_hat_l": r"$\log \pi_\theta / \pi_{ref}$ of $y_l$, nats",
+    "kl": r"KL($\pi_\theta$, $\pi_{ref}$), nats",
+}
+COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # of the betas
 STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the least contribution that is coloured
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --line: #ccc; --soft: #f4f4f4;
@@ -104,7 +117,8 @@ def command(config: dict) -> str:
     words = ["python", "train.py"]
     for field in dataclasses.fields(Config):
         default = field.metadata["presets"].get(dataset, field.default)
-        default = list(default) if isinstance(default, tuple) else getattr(default, "name", default)
+        default = list(default) if isinstance(default, tuple) else default
+        default = Path(default).name if field.name == "init" else default
         value = config[field.name]
         if field.metadata["help"] and value not in (None, default):
             values = [] if value is True else value if isinstance(value, list) else [value]
@@ -169,6 +183,43 @@ def colour_key(reward: Reward | None) -> str:
     )
 
 
+# ------------------------------------------------- training curves, and samples as text
+
+
+def draw_curves(curves: dict) -> Figure:
+    """Training metrics against the step, for each beta: raw values, and a running mean."""
+    figure = Figure((12, 6), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
+    for ax, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
+        for i, (beta, rows) in enumerate(curves.items()):
+            points = [(step, row[name]) for step, row in enumerate(rows, 1) if name in row]
+            step, values = np.transpose(points)
+            if name.startswith("r_hat"):
+                values = values / float(beta)
+            colour = COLOURS[i % len(COLOURS)]
+            window = max(1, len(values) // 20)
+            mean = np.convolve(values, np.ones(window) / window, "valid")
+            ax.plot(step, values, color=colour, alpha=0.2, lw=0.7)
+            ax.plot(step[window - 1 :], mean, color=colour, label=rf"$\beta$ = {beta}")
+        ax.set_title(title)
+    axes[0, 0].axhline(np.log(2), color="0.4", ls=":", label="ln 2")
+    axes[0, 0].legend(frameon=False)
+    figure.supxlabel("step")
+    return figure
+
+
+def samples_text(columns: list[str], samples: list[dict], width: int = 38) -> str:
+    """What each policy wrote for the same prompts, side by side, with the true reward if known."""
+    rows = [columns]
+    for sample in samples:
+        cells = []
+        for text, r in zip(sample["texts"], sample["rewards"], strict=True):
+            reward = "" if r is None else f"{r:+.2f} "
+            cells.append(textwrap.wrap(reward + text.removeprefix(sample["prompt"]).strip(), width))
+        rows += [[], [f"{sample['prompt']} ..."], *zip_longest(*cells, fillvalue="")]
+    return "".join(" | ".join(f"{cell:{width}}" for cell in row).rstrip() + "\n" for row in rows)
+
+
 # ------------------------------------------------- the page
 
 
@@ -185,7 +236,7 @@ def page(results: dict, reward: Reward | None) -> str:
         points_table(points),
         "<p>Rewards and KL are in nats per response. The exact value is in each cell's title.</p>",
         tag("h2", "Training"),
-        figure(report.draw_curves(results["curves"]), "Metrics of each step, with a running mean."),
+        figure(draw_curves(results["curves"]), "Metrics of each step, with a running mean."),
         tag("h2", "Samples"),
         colour_key(reward),
         samples(results, reward),
@@ -206,6 +257,15 @@ def page(results: dict, reward: Reward | None) -> str:
     return content + "\n</body></html>\n"
 
 
+def write_page(out: Path, results: dict):
+    """Write report.html, curves.png and samples.txt."""
+    content = page(results, true_reward(out) if results["frontier"] else None)
+    atomic_write(out / "report.html", content.encode())
+    draw_curves(results["curves"]).savefig(out / "curves.png", dpi=120)
+    text = samples_text(results["columns"], results["samples"])
+    atomic_write(out / "samples.txt", text.encode())
+
+
 def main(argv: list[str]) -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(prog="beyond.page", description=__doc__, formatter_class=style)
@@ -214,9 +274,7 @@ def main(argv: list[str]) -> int:
     path = args.run / "results.json"
     try:
         with open_user_file(path, "the results of train.py"):
-            results = json.loads(path.read_bytes())
-            content = page(results, true_reward(args.run) if results["frontier"] else None)
-        atomic_write(args.run / "report.html", content.encode())
+            write_page(args.run, json.loads(path.read_bytes()))
         print(f"see {args.run / 'report.html'}")
     except (BadInput, OSError) as e:
         print(f"beyond.page: {' '.join(str(e).split())[:500]}", file=sys.stderr)

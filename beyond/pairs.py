@@ -50,8 +50,8 @@ def online(
     draws from pi_theta. score: log-probabilities under pi_ref, for instance
     `partial(dpo.response_logps, pi_ref)`.
 
-    With all pairs the tilt is a fixed point: it is the optimum for every distribution of the pairs,
-    hence also for pairs of its own samples.
+    With all pairs, the optimal policy of Eq. 4 is a fixed point: it minimises the expected loss for
+    every distribution of the pairs, and so also for pairs of its own samples.
     """
     completions, rewards = generate(prompts, K, sample, reward)
     preferences, _ = label_pairs(completions, rewards, "bt", which, seed)
@@ -80,9 +80,10 @@ def rejection_sampling(r: list[float], beta: float, K: int, rng: random.Random) 
     where r_max is the maximum of those left at the start of the sweep. Remove the accepted ones,
     and repeat until K are accepted. Every sweep accepts at least the best of those left.
 
-    The accepted law is only approximately the tilt: r_max is the maximum of a sample, and samples
-    are not replaced. At K = len(r) all are accepted. The paper's listing merges identical samples,
-    which removes pi_ref's frequencies from the law. Here each sample counts.
+    The accepted samples follow Eq. 4 only approximately: r_max is the maximum of a sample, and
+    samples are drawn without replacement. At K = len(r) all are accepted. The paper's listing
+    merges identical samples, so the result ignores how often pi_ref draws each. Here each sample
+    counts.
     Raises ValueError if there are fewer than K samples.
     """
     if len(r) < K:

@@ -4,8 +4,8 @@
 
 Texts are runs of whole sentences of the 75,000 training reviews of the Large Movie Review Dataset
 (Maas et al. 2011): as many sentences as fit in the context, then the end token, from any sentence
-on. The last steps see openings of reviews only, because the experiment is about those. Nothing of
-the test reviews is used, because the experiment takes its prompts from them. Muon updates the
+on. The last steps see only openings of reviews, because the experiment uses those. No test reviews
+are used for training, because the experiment takes its prompts from them. Muon updates the
 matrices of the blocks, AdamW the rest.
 
 A run can be stopped at any time; the same command continues it from its last checkpoint, and ends
@@ -31,9 +31,9 @@ from tqdm import tqdm
 from beyond.bpe import learn_tokenizer
 from beyond.muon import Muon
 from data import cut_prompts, decode_rows, load_tokenizer, openings, read_imdb, token_bytes
-from lib.checkpoint import to_checkpoint
-from lib.evaluate import nats_per_byte, token_nll
-from lib.inference import generate
+from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
+from lib.evaluate import nats_per_byte
+from lib.inference import collate, fast_response_logps, generate
 from lib.io import BadInput, atomic_write, open_user_file
 from lib.optim import bf16_supported
 from model import GPT, GPTConfig
@@ -41,11 +41,13 @@ from model import GPT, GPTConfig
 CONTEXT = 48  # tokens
 ROUND = 100  # steps whose texts are drawn together
 ROUNDS_PER_CHECKPOINT = 4
+TEMPERATURE = 0.85  # of pi_ref, because a small model invents too many words at 1
+BIAS_SCALE = 40.0  # DPO's step for the bias of a token's logit is 40^2 times as long; docs/imdb.md
 
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 30_000
+    steps: int = 14_000
     seed: int = 0
     vocab_size: int = 8193  # including the end token
     n_layer: int = 4
@@ -53,7 +55,7 @@ class Settings:
     n_embd: int = 192
     batch_size: int = 48  # texts per step
     muon_lr: float = 0.015
-    adamw_lr: float = 6e-3
+    adamw_lr: float = 3e-3
     openings: float = 0.15  # share of the steps, at the end, that see openings only
     decay: float = 1.0  # share of the steps, at the end, in which the learning rate falls
 
@@ -162,7 +164,7 @@ class Training:
         named = list(self.pi.named_parameters())
         matrices = [p for name, p in named if name.startswith("h.") and p.ndim == 2]
         others = [p for name, p in named if not (name.startswith("h.") and p.ndim == 2)]
-        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+        how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
         self.muon = Muon(matrices, settings.muon_lr)
         self.adamw = torch.optim.AdamW(others, settings.adamw_lr, **how)
 
@@ -172,7 +174,8 @@ class Training:
         scale = min(1.0, (1 - left) / 0.01 + 0.01, left / self.settings.decay)
         self.muon.param_groups[0]["lr"] = scale * self.settings.muon_lr
         self.adamw.param_groups[0]["lr"] = scale * self.settings.adamw_lr
-        loss = token_nll(self.pi, texts)
+        ids, mask = collate(texts, [1] * len(texts))
+        loss = -fast_response_logps(self.pi, ids, mask).sum() / mask.sum()
         loss.backward()
         for optimizer in (self.muon, self.adamw):
             optimizer.step()
@@ -249,6 +252,17 @@ def training_reviews(reviews: dict[str, list[str]]) -> list[str]:
     return [text for part in ("pos", "neg", "unsup") for text in reviews.get(f"train/{part}", [])]
 
 
+def finished(pi: GPT, tokens: list[bytes], temperature: float) -> dict:
+    """The checkpoint of softmax(logits / temperature), in bfloat16, with a logit bias of 0."""
+    checkpoint = to_checkpoint(pi, tokens)
+    weights = checkpoint["weights"] | {"bias": torch.zeros(pi.config.vocab_size)}
+    for name in ("ln_f.weight", "ln_f.bias"):
+        weights[name] = weights[name] / temperature
+    checkpoint["weights"] = {name: weight.bfloat16() for name, weight in weights.items()}
+    checkpoint["config"]["bias_scale"] = BIAS_SCALE
+    return checkpoint
+
+
 def run(imdb: Path, out: Path, settings: Settings):
     out.mkdir(parents=True, exist_ok=True)
     if not imdb.exists():
@@ -262,11 +276,11 @@ def run(imdb: Path, out: Path, settings: Settings):
     if (out / "training.pt").exists():
         training.load(out / "training.pt")
     train(training, corpus, tokenizer.eot_token, out / "training.pt")
-    checkpoint = to_checkpoint(training.pi, tokens)
-    checkpoint["weights"] = {name: w.bfloat16() for name, w in checkpoint["weights"].items()}
-    save(out / "pi_ref.pt", checkpoint)
-    training.pi.load_state_dict(checkpoint["weights"])  # rounded, as it will be used
-    report(training.pi, tokens, reviews, out)
+    for temperature in (1.0, TEMPERATURE):
+        save(out / "pi_ref.pt", finished(training.pi, tokens, temperature))
+        print(f"at temperature {temperature:g}:")
+        pi = load_gpt(read_checkpoint(out / "pi_ref.pt"), torch.device("cpu"))
+        report(pi, tokens, reviews, out)
     digest = hashlib.sha256((out / "pi_ref.pt").read_bytes()).hexdigest()
     print(f"{out / 'pi_ref.pt'}: sha256 {digest}")
 

@@ -4,6 +4,7 @@
     python -m beyond.sample out                            asks for prompts; end with Ctrl-D
     python -m beyond.sample out/dpo-1.pt "the camera is"   one checkpoint
     python -m beyond.sample out --show                     one preference pair, token by token
+    python -m beyond.sample out --pairs                    the best and worst ordered held-out pairs
 
 Each completion is shown with r*, the true reward of prompt and completion in nats, if the run has
 one, and with log pi_theta(y|x) / pi_ref(y|x) in nats. All policies use the same random numbers.
@@ -24,13 +25,13 @@ import tiktoken
 import torch
 
 from data import WEIGHT, Reward, WordReward, decode_rows, load_tokenizer
-from dpo import response_logps
+from dpo import dpo, response_logps
 from lib import cli
-from lib.checkpoint import load_gpt, read_checkpoint, resize_context
+from lib.checkpoint import load_gpt, read_checkpoint
+from lib.inference import compute_logps
 from lib.io import BadInput, open_user_file
 from lib.stage import Stage
 from model import GPT, sample
-from train import PI_REF
 
 POLICY = re.compile(r"(?!eval-)(\w+)-(\d[\d.e+-]*)")  # the stem of dpo-0.5.pt
 
@@ -86,14 +87,9 @@ def read_policies(folder: Path) -> dict[str, dict]:
 
 
 def read_reference(folder: Path) -> dict | None:
-    """pi_ref: the model that the run fine-tuned, or this project's, if it started from that."""
-    for name in ("reference.pt", "init.pt"):
-        if (folder / name).exists():
-            return read_checkpoint(folder / name)
-    config = read_config(folder)
-    if config.get("init") != PI_REF.name:
-        return None
-    return resize_context(read_checkpoint(PI_REF), config["context"])
+    """pi_ref of a run."""
+    path = folder / "reference.pt"
+    return read_checkpoint(path) if path.exists() else None
 
 
 def read_config(folder: Path) -> dict:
@@ -115,7 +111,7 @@ def true_reward(folder: Path) -> Reward | None:
 
 def load_stage(path: Path):
     with open_user_file(path, "a cached stage"):
-        return Stage(path.parent).load(path, path.read_bytes())
+        return Stage(path.parent).read(path)["value"]
 
 
 # ------------------------------------------------- completions
@@ -190,6 +186,28 @@ def show_pair(path: Path, models: Models, number: int) -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def order_pairs(path: Path, models: Models, n: int) -> str:
+    """The held-out pairs with the largest and the smallest margin of each policy, n of each."""
+    pairs = load_stage(path / "eval_set.pt").pairs
+    texts = decode_rows(pairs.ids, pairs.mask, models.tokenizer)
+    lines = []
+    for name, pi in models.policies.items():
+        if name == "pi_ref":
+            continue
+        beta = float(name.split(" ")[-1])
+        logps = compute_logps(pi, pairs.ids, pairs.mask)
+        _, r_hat_w, r_hat_l = dpo(logps, pairs, beta)
+        order = (r_hat_w - r_hat_l).argsort(descending=True).tolist()
+        for title, chosen in (("best", order[:n]), ("worst", order[-n:][::-1])):
+            lines.append(f"{name}: the {title} ordered of {len(order)} held-out pairs")
+            for i in chosen:
+                w, l = pairs.pairs[i].tolist()
+                lines.append(f"  chosen    r_hat {r_hat_w[i]:+7.2f}  {printable(texts[w])}")
+                lines.append(f"  rejected  r_hat {r_hat_l[i]:+7.2f}  {printable(texts[l])}")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------- the command line
 
 
@@ -227,12 +245,16 @@ def main(argv: list[str]) -> int:
     add("--temperature", type=number_from(float, 0.01, 100), default=1.0, help="(1)")
     add("--device", type=cli.usable_device, default="cpu", help="cpu, cuda or mps (cpu)")
     add("--show", action="store_true", help="show preference pair number --seed of the run")
+    add("--pairs", action="store_true", help="show held-out pairs with their implicit rewards")
     args = parser.parse_args(argv)
     width = shutil.get_terminal_size((120, 0)).columns
     try:
         models = load_models(args.run, args.device)
         if args.show:
             print(show_pair(args.run, models, args.seed))
+            return 0
+        if args.pairs:
+            print(order_pairs(args.run, models, args.n))
             return 0
         for prompt in [args.prompt] if args.prompt is not None else read_prompts():
             try:

@@ -19,7 +19,7 @@ def to_checkpoint(pi: GPT, tokens: list[bytes] | None, **more: object) -> dict:
 
 
 def load_gpt(checkpoint: dict, device: torch.device) -> GPT:
-    """The model of a checkpoint. It computes in bfloat16 where the device has units for it."""
+    """The model of a checkpoint. It computes in bfloat16 where the hardware supports it."""
     pi = GPT(GPTConfig(**checkpoint["config"]))
     pi.load_state_dict(checkpoint["weights"])
     pi.bf16 = bf16_supported(device)
@@ -33,6 +33,7 @@ def read_checkpoint(path: Path) -> dict:
     """
     with open_user_file(path, "a checkpoint of this project"):
         found = torch.load(path, map_location="cpu", weights_only=True)
+        found = found.get("value", found)  # a stage's file has a model as its value
         weights = {name: weight.float() for name, weight in found["weights"].items()}
         config = found["config"]
         if config["n_layer"] > len(weights) or config["n_embd"] % config["n_head"]:

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import platform
 import re
 import sys
 import time
@@ -36,14 +38,30 @@ def usable_device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"this machine has no device {name!r}") from None
 
 
+def existing_path(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file or folder")
+    return Path(text)
+
+
+def number(kind: type, low: float, high: float) -> Callable:
+    def convert(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low:g} to {high:g}")
+        return value
+
+    convert.__name__ = kind.__name__  # for argparse's messages
+    return convert
+
+
 def parse(prog: str, doc: str, settings: type, argv: list[str]):
     """The command line as a namespace, and as `settings`, a dataclass of fields made by `flag`.
 
     Each field with a help text becomes a flag. Its default depends on --data.
     """
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
-    usage = f"{prog} [flags]"
-    parser = Parser(prog, usage, doc, formatter_class=style, allow_abbrev=False)
+    parser = Parser(prog, f"{prog} [flags]", doc, formatter_class=style, allow_abbrev=False)
     fields = dataclasses.fields(settings)
     for field in fields:
         if field.metadata["help"]:
@@ -58,22 +76,36 @@ def parse(prog: str, doc: str, settings: type, argv: list[str]):
         if not Path(dataset).is_file():
             parser.error(f"--data {dataset}: there is no such file")
         dataset = "own"
-    return args, settings(**{f.name: choose(parser, f, args, dataset) for f in fields})
+    values = {}
+    for field in fields:
+        presets, value = field.metadata["presets"], getattr(args, field.name, None)
+        default = presets.get(dataset, field.default)
+        if dataset == "imdb" and getattr(args, "from_scratch", None):
+            default = presets.get("imdb_from_scratch", default)
+        values[field.name] = default if value is None else value
+        if isinstance(value, list):
+            values[field.name] = tuple(dict.fromkeys(value))
+    return args, settings(**values)
 
 
 def add_flag(parser: Parser, field: dataclasses.Field):
-    default, extra = field.default, field.metadata
-    many = isinstance(default, tuple)
-    first = next(iter(default), "") if many else default
-    kind = Path if first is None else type(first)
-    defaults = [shown(default), *(f"{name}: {shown(v)}" for name, v in extra["presets"].items())]
-    text = extra["help"] + (f" ({'; '.join(filter(None, defaults))})" if any(defaults) else "")
-    how = {"type": kind, "nargs": "+" if many else None, "choices": extra["choices"]}
-    how["metavar"] = "PATH" if kind is Path else "NAME" if kind is str else "N"
-    if extra["choices"]:
-        del how["metavar"]
+    default, extra, how = field.default, field.metadata, {}
+    if isinstance(default, tuple):
+        how["nargs"] = "+"
+    first = next(iter(default), "") if isinstance(default, tuple) else default
+    kind = type(first)
     if kind is bool:
         how = {"action": "store_true", "default": None}
+    elif extra["choices"]:
+        how["choices"] = extra["choices"]
+    elif extra["low"] is not None:
+        kind = int if first is None else kind
+        how |= {"type": number(kind, extra["low"], extra["high"]), "metavar": "N"}
+    else:
+        how |= {"type": str, "metavar": "NAME"} if kind is str else {"type": existing_path}
+    presets = ((name, shown(value)) for name, value in extra["presets"].items())
+    defaults = [shown(default), *(f"{name}: {value}" for name, value in presets if value)]
+    text = extra["help"] + (f" ({'; '.join(filter(None, defaults))})" if any(defaults) else "")
     parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
 
 
@@ -81,27 +113,15 @@ def shown(default: object) -> str:
     """A default as one would type it."""
     if isinstance(default, tuple):
         return " ".join(map(str, default))
-    return "" if default is None or default is False else str(getattr(default, "name", default))
-
-
-def choose(parser: Parser, field: dataclasses.Field, args: argparse.Namespace, dataset: str):
-    """The value that was given for a field, if it is valid, or the dataset's default."""
-    extra, value = field.metadata, getattr(args, field.name, None)
-    if value is None:
-        return extra["presets"].get(dataset, field.default)
-    name = "--" + field.name.replace("_", "-")
-    if isinstance(value, Path) and not value.exists():
-        parser.error(f"{name} {value}: there is no such file or folder")
-    for number in value if isinstance(value, list) else [value]:
-        if extra["low"] is not None and not extra["low"] <= number <= extra["high"]:
-            parser.error(f"{name} {number}: must be from {extra['low']:g} to {extra['high']:g}")
-    return tuple(dict.fromkeys(value)) if isinstance(value, list) else value
+    return "" if default is None or default is False else os.path.basename(str(default))
 
 
 def machine(device: torch.device) -> dict[str, object]:
     """What results depend on besides the settings."""
-    cpu = torch.backends.cpu.get_cpu_capability()
-    about = {"device": str(device), "cpu": cpu, "bf16": bf16_supported(device)}
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    about = {"device": str(device), "processor": (names or [platform.processor()])[0]}
+    about |= {"cpu": torch.backends.cpu.get_cpu_capability(), "bf16": bf16_supported(device)}
     return about | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

@@ -3,23 +3,24 @@
 Standard errors are over prompts, because those are what is drawn independently.
 """
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import dpo
 from data import Dataset, decode_rows, label_pairs, load_tokenizer
 from lib.checkpoint import load_gpt
-from lib.inference import compute_logps, generate
+from lib.inference import collate, compute_logps, fast_response_logps, generate, mean_kl
+from lib.io import BadInput
 from model import GPT, sample
 
 BETAS = np.geomspace(20, 0.05, 80)  # where the optimal frontier is estimated
+MIN_SAMPLE_SIZE = 40  # with a smaller effective sample size, the optimum cannot be estimated
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class EvalSet:
 def make_eval_set(dataset: Dataset, pairs, reference: dict, cfg: EvalConfig, device) -> EvalSet:
     """Sample pi_ref on the held-out prompts. `pairs`: None to form them from the samples."""
     pi_ref, tokenizer = load_gpt(reference, device), load_tokenizer(reference["tokens"])
-    N = cfg.ref_samples
+    N, K = cfg.ref_samples, cfg.completions
     prompts = [x for x in dataset.eval_prompts for _ in range(N)]
     ids, mask, logps = generate(pi_ref, prompts, tokenizer.eot_token, cfg.seed, "sampling pi_ref")
     texts = decode_rows(ids, mask, tokenizer)
@@ -55,28 +56,19 @@ def make_eval_set(dataset: Dataset, pairs, reference: dict, cfg: EvalConfig, dev
         return EvalSet(about, texts[::N], None, pairs, None)
     rewards = dataset.reward(texts).view(-1, N)
     about |= mean_and_se("reward", rewards) | mean_and_se("p_positive", rewards.sigmoid())
-    used = min(N, 16) // cfg.completions * cfg.completions
+    used = min(N, 16) // K * K
     rows = torch.arange(len(ids)) % N < used
-    r = rewards[:, :used].reshape(-1, cfg.completions)
+    r = rewards[:, :used].reshape(-1, K)
     pairs, _ = label_pairs((ids[rows], mask[rows], logps[rows]), r, cfg.labels, "all", cfg.seed)
-    r_w, r_l = dataset.reward(decode_rows(pairs.ids, pairs.mask, tokenizer))[pairs.pairs].T
-    return EvalSet(about, texts[::N], rewards, pairs, r_w - r_l)
+    r = dataset.reward(decode_rows(pairs.ids, pairs.mask, tokenizer))[pairs.pairs]
+    return EvalSet(about, texts[::N], rewards, pairs, r[:, 0] - r[:, 1])
 
 
-@torch.no_grad()
 def nats_per_byte(pi: GPT, texts: list[list[int]], tokenizer) -> float:
     """How well a model predicts texts, in nats per byte."""
-    nats = sum(token_nll(pi, texts[i : i + 50], "sum").item() for i in range(0, len(texts), 50))
-    plain = ([i for i in ids[1:] if i != tokenizer.eot_token] for ids in texts)
-    return nats / sum(len(tokenizer.decode_bytes(ids)) for ids in plain)
-
-
-def token_nll(pi: GPT, texts: list[list[int]], reduction: str = "mean") -> Tensor:
-    """Cross-entropy of the tokens after the first, in nats: the mean over tokens, or the sum."""
-    rows = [torch.tensor(ids) for ids in texts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, True, -1).to(pi.device)  # -1 is ignored below
-    logits = pi(ids[:, :-1].clamp(min=0)).float().flatten(0, 1)
-    return F.cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=-1, reduction=reduction)
+    ids, mask = collate(texts, [1] * len(texts))
+    n_bytes = sum(len(text.encode()) for text in decode_rows(ids[:, 1:], mask[:, 1:], tokenizer))
+    return -compute_logps(pi, ids, mask).double().sum().item() / n_bytes
 
 
 def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: EvalSet,
@@ -94,26 +86,16 @@ def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: E
     kl = mean_kl(pi_theta, pi_ref, ids, mask).view(P, M)
     point = {"beta": beta, "length": mask.sum(1).double().mean().item()} | mean_and_se("kl", kl)
     point |= agreement(pi_theta, eval_set, beta)
-    r = None
-    if eval_set.rewards is not None:
-        r, ref_r = dataset.reward(texts).view(P, M), eval_set.rewards
-        gain = r.mean(1, keepdim=True) - ref_r.mean(1, keepdim=True)  # paired by prompt
-        wins = (r - ref_r[:, :M]).sign() / 2 + 0.5  # a tie counts 1/2
-        point |= mean_and_se("reward", r) | mean_and_se("gain", gain)
-        point |= mean_and_se("p_positive", r.sigmoid()) | mean_and_se("win_rate", wins)
-        point |= optimality_gap(ref_r, r, kl, beta, cfg.labels)
-    point = {name: v if v is None or math.isfinite(v) else None for name, v in point.items()}
-    return {"point": point, "texts": texts[::M], "rewards": None if r is None else r[:, 0]}
-
-
-def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """The second estimate of `dpo.sequence_kl` for many rows, (B,) nats, on the CPU."""
-    kls = []
-    for rows in tqdm(torch.arange(len(ids)).split(64), "computing the KL"):
-        T = int(mask[rows].any(0).nonzero().max()) + 1
-        batch = ids[rows, :T].to(pi_ref.device), mask[rows, :T].to(pi_ref.device)
-        kls.append(dpo.sequence_kl(pi_theta, pi_ref, *batch)[1].cpu())
-    return torch.cat(kls)
+    ref_r = eval_set.rewards
+    if ref_r is None:
+        return {"point": point, "texts": texts[::M], "rewards": None}
+    r = dataset.reward(texts).view(P, M)
+    gain = r.mean(1, keepdim=True) - ref_r.mean(1, keepdim=True)  # paired by prompt
+    wins = (r - ref_r[:, :M]).sign() / 2 + 0.5  # a tie counts 1/2
+    point |= mean_and_se("reward", r) | mean_and_se("gain", gain)
+    point |= mean_and_se("p_positive", r.sigmoid()) | mean_and_se("win_rate", wins)
+    point |= optimality_gap(ref_r, r, kl, beta, cfg.labels)
+    return {"point": point, "texts": texts[::M], "rewards": r[:, 0]}
 
 
 def agreement(pi_theta: GPT, eval_set: EvalSet, beta: float) -> dict[str, float]:
@@ -122,27 +104,45 @@ def agreement(pi_theta: GPT, eval_set: EvalSet, beta: float) -> dict[str, float]
     logps = compute_logps(pi_theta, pairs.ids, pairs.mask)
     _, r_hat_w, r_hat_l = dpo.dpo(logps.double(), pairs, beta)
     margin = r_hat_w - r_hat_l
-    values = {"r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
-    values["pair_accuracy"] = (margin.sign() + 1) / 2
-    if gap is not None:
-        values["pair_accuracy_ceiling"] = (gap.sign() + 1) / 2  # of r* itself
     share = dpo.mean_weights(pairs.weight.double())
-    found = {name: (share * value).sum().item() for name, value in values.items()}
+    found = {"pairs": len(margin)}
+    values = {"r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
+    found |= {name: (share @ value).item() for name, value in values.items()}
+    found["pair_accuracy"] = (share @ (margin.sign() + 1)).item() / 2
     if gap is not None:
         gap = gap.double()
-        slope = (margin * gap).sum() / gap.square().sum()
-        r2 = slope * (margin * gap).sum() / margin.square().sum()
-        found |= {"reward_slope": slope.item(), "reward_r2": r2.item()}
+        slope = (margin @ gap) / (gap @ gap)
+        found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # of r* itself
+        found["reward_slope"] = slope.item()
+        found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()
     return found
 
 
 @torch.no_grad()
-def monitor(pi_theta: GPT, pi_ref: GPT, prompts: list[list[int]], seed: int) -> dict[str, float]:
-    """A quick look during training: the KL of 256 fresh samples, in nats per response."""
-    some = list(itertools.islice(itertools.cycle(prompts), 256))
+def monitor(pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, dataset: Dataset, eval_set: EvalSet,
+            tokenizer, seed: int) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+    """A quick look during training: metrics of held-out pairs and of fresh samples, and texts."""
+    pairs = eval_set.pairs
+    n = math.ceil(128 / len(pairs.ids) * (int(pairs.prompt.max()) + 1))  # about 128 rows
+    pairs, found = pairs.select(torch.arange(n)).to(pi_theta.device), {}
+    with contextlib.suppress(BadInput):  # raised by losses that take other pairs
+        logps = fast_response_logps(pi_theta, pairs.ids, pairs.mask)
+        losses, r_hat_w, r_hat_l = loss(logps, pairs)
+        margin, share = r_hat_w - r_hat_l, len(losses) * dpo.mean_weights(pairs.weight)
+        found = {"held_out_loss": share * losses, "held_out_margin": share * margin}
+        found["held_out_accuracy"] = share * (margin.sign() + 1) / 2
+    n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer of longer texts
+    prompts = list(itertools.islice(itertools.cycle(dataset.eval_prompts), n))
     generator = torch.Generator(pi_ref.device).manual_seed(seed)
-    ids, mask, _ = sample(pi_theta, some, pi_ref.config.vocab_size - 1, generator=generator)
-    return {"kl": mean_kl(pi_theta, pi_ref, ids, mask).mean().item()}
+    ids, mask, logps = sample(pi_theta, prompts, tokenizer.eot_token, generator=generator)
+    texts = decode_rows(ids, mask, tokenizer)
+    found |= {"kl": mean_kl(pi_theta, pi_ref, ids, mask), "entropy": -logps.sum(1)}
+    found["length"] = mask.sum(1)
+    shown = texts[:2]
+    if dataset.reward is not None:
+        found["reward"] = dataset.reward(texts)
+        shown = [f"r* {r:+.2f} | {text}" for r, text in zip(found["reward"], shown, strict=False)]
+    return {name: values.double().mean().item() for name, values in found.items()}, shown
 
 
 # ------------------------------------------------ the optimum
@@ -151,26 +151,19 @@ def monitor(pi_theta: GPT, pi_ref: GPT, prompts: list[list[int]], seed: int) -> 
 def optimal_frontier(r: Tensor) -> dict[str, np.ndarray]:
     """Reward and KL of Eq. 4 at each of BETAS, from pi_ref's rewards r (P, N).
 
-    Returns arrays: reward and kl (80, P), and reliable (80,): the mean effective sample size is at
-    least 40, and each half of the samples gives the same gain within 2 %.
+    Returns reward and kl (80, P) in nats, and reliable (80,): whether the mean effective sample
+    size is at least MIN_SAMPLE_SIZE.
     """
-    betas = torch.from_numpy(BETAS)[:, None, None]
-    reward, kl, sample_size = (v.numpy() for v in dpo.frontier(r.double(), betas))
-    gain = reward.mean(1) - r.mean().item()
-    gains = []
-    for half in r.double().chunk(2, dim=1):
-        half_reward, half_kl, _ = (v.mean(1).numpy() for v in dpo.frontier(half, betas))
-        gains.append(np.interp(kl.mean(1), half_kl, half_reward - half.mean().item(), right=np.nan))
-    halves_agree = np.abs(np.mean(gains, 0) - gain) <= 0.02 * gain
-    reliable = np.logical_and.accumulate((sample_size.mean(1) >= 40) & halves_agree)
-    return {"reward": reward, "kl": kl, "reliable": reliable}
+    found = dpo.frontier(r.double(), torch.from_numpy(BETAS)[:, None, None])
+    reward, kl, sample_size = (values.numpy() for values in found)
+    return {"reward": reward, "kl": kl, "reliable": sample_size.mean(1) >= MIN_SAMPLE_SIZE}
 
 
 def frontier_rows(r: Tensor) -> list[dict]:
     """The optimal frontier, averaged over prompts, as rows of results.json."""
     frontier = optimal_frontier(r)
     kl, reward = frontier["kl"].mean(1), frontier["reward"].mean(1)
-    columns = (BETAS.tolist(), kl.tolist(), reward.tolist(), frontier["reliable"].tolist())
+    columns = BETAS.tolist(), kl.tolist(), reward.tolist(), frontier["reliable"].tolist()
     names = "beta", "kl", "reward", "reliable"
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -180,32 +173,31 @@ def optimality_gap(ref_r: Tensor, r: Tensor, kl: Tensor, beta: float, labels: st
 
     fraction_of_optimal: the gain in reward over pi_ref, divided by the largest gain at the same KL.
     optimal_reward, optimal_kl: of Eq. 4 at this beta. regret: J(optimum) - J(policy), Eq. 3, nats.
-    Values are None where the frontier is unreliable, and all but the first for argmax labels.
+    Values are None where the optimum cannot be estimated. For argmax labels, only
+    fraction_of_optimal is estimated.
     """
-    frontier = optimal_frontier(ref_r)
-    per_prompt = (v.double().mean(1).numpy() for v in (ref_r, r, kl))
-    gap = dict.fromkeys(("optimal_reward", "optimal_kl", "regret", "regret_se"))
-    gap |= fraction_of_optimal(frontier, *per_prompt)
-    i = np.searchsorted(-BETAS, -beta)  # the next of BETAS that is not larger
-    if i < len(BETAS) and frontier["reliable"][i] and labels != "argmax":
-        best_r, best_kl, _ = dpo.frontier(ref_r.double(), beta)
-        regret = (best_r - beta * best_kl)[:, None] - (r - beta * kl).double()
-        gap |= {"optimal_reward": best_r.mean().item(), "optimal_kl": best_kl.mean().item()}
-        gap |= mean_and_se("regret", regret)
-    return gap
+    gap = fraction_of_optimal(ref_r, r.mean(1), kl.mean(1))
+    best_r, best_kl, sample_size = dpo.frontier(ref_r.double(), beta)
+    regret = (best_r - beta * best_kl)[:, None] - (r - beta * kl).double()
+    values = {"optimal_reward": best_r.mean().item(), "optimal_kl": best_kl.mean().item()}
+    values |= mean_and_se("regret", regret)
+    if labels == "argmax" or sample_size.mean() < MIN_SAMPLE_SIZE:
+        values = dict.fromkeys(values)
+    return gap | values
 
 
-def fraction_of_optimal(frontier: dict, ref_r: np.ndarray, r: np.ndarray, kl: np.ndarray) -> dict:
+def fraction_of_optimal(ref_r: Tensor, r: Tensor, kl: Tensor) -> dict:
     """(E r - E r_ref) / (E r_optimal(KL) - E r_ref) and its bootstrap standard error over prompts.
 
-    ref_r, r, kl: means per prompt, (P,). None where the frontier is unreliable.
+    ref_r: (P, N). r, kl: means per prompt, (P,). None where the optimum cannot be estimated.
     """
-    limit = frontier["kl"].mean(1)[frontier["reliable"]].max(initial=0.0)
+    frontier = optimal_frontier(ref_r)
+    ref_r, r, kl = (values.double().numpy() for values in (ref_r.mean(1), r, kl))
     names = "fraction_of_optimal", "fraction_of_optimal_se"
-    if kl.mean() > limit:
+    if kl.mean() > frontier["kl"].mean(1)[frontier["reliable"]].max(initial=0.0):
         return dict.fromkeys(names)
 
-    def fraction(p: np.ndarray) -> float:
+    def fraction(p: np.ndarray) -> float:  # of these prompts
         kls = [0, *frontier["kl"][:, p].mean(1)]
         gains = [0, *frontier["reward"][:, p].mean(1) - ref_r[p].mean()]
         return float((r[p].mean() - ref_r[p].mean()) / np.interp(kl[p].mean(), kls, gains))
@@ -213,16 +205,6 @@ def fraction_of_optimal(frontier: dict, ref_r: np.ndarray, r: np.ndarray, kl: np
     P, rng = len(r), np.random.default_rng(0)
     resampled = [fraction(rng.choice(P, P)) for _ in range(200)]
     return dict(zip(names, (fraction(np.arange(P)), float(np.std(resampled))), strict=True))
-
-
-def best_of_n(r: Tensor, n: int) -> float:
-    """E max of n of a prompt's M rewards, averaged over prompts; unbiased. r: (P, M) nats.
-
-    With rewards in ascending order it is sum_i C(i-1, n-1) / C(M, n) r_(i).
-    """
-    M = r.size(1)
-    weight = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]
-    return (r.double().sort(1).values.mean(0) @ torch.tensor(weight, dtype=torch.double)).item()
 
 
 def mean_and_se(name: str, values: Tensor) -> dict[str, float]:

@@ -1,5 +1,7 @@
-"""Running a GPT over many rows: log-probabilities and sampling."""
+"""Running a GPT over many rows: log-probabilities, KL and sampling."""
 
+import dataclasses
+import time
 import zlib
 
 import torch
@@ -7,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dpo import Preferences, log_softmax
+from lib.checkpoint import load_gpt
 from model import GPT, sample
 
 
@@ -16,7 +20,7 @@ def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     Rows are computed in four groups of similar length, which have little padding, and logits for
     response tokens only. ids, mask: (B, T). Returns (B, T) nats.
     """
-    lengths = row_lengths(mask)
+    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
     groups = lengths.argsort().chunk(4)
     logps = []
     for rows in groups:
@@ -30,9 +34,21 @@ def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.cat(logps)[torch.cat(groups).argsort()]
 
 
-def row_lengths(mask: Tensor) -> Tensor:
-    """The tokens of each row, prompt and response together: mask (R, T) -> (R,)."""
-    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
+def collate(rows: list[list[int]], starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as ids and mask (R, T): padded with 0, and True from each start on."""
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    ids = torch.tensor([[*row, *[0] * (int(lengths.max()) - len(row))] for row in rows])
+    place = torch.arange(ids.size(1))
+    return ids, (place >= torch.tensor(starts)[:, None]) & (place < lengths)
+
+
+def training_seconds(checkpoint: dict, tokens: int, device: torch.device) -> float:
+    """How long training on this many tokens will take, judged by one step on random tokens."""
+    pi = load_gpt(checkpoint, device)
+    ids = torch.randint(256, (32, min(pi.config.context, 64)), device=device)
+    start = time.perf_counter()
+    fast_response_logps(pi, ids, torch.arange(ids.size(1)).expand_as(ids) > 0).sum().backward()
+    return (time.perf_counter() - start) * tokens / ids.numel()
 
 
 @torch.no_grad()
@@ -45,13 +61,36 @@ def compute_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.cat(logps)
 
 
+def score(pairs: Preferences, reference: dict, device: torch.device) -> Preferences:
+    """The same preferences with the log-probabilities under pi_ref."""
+    logps = compute_logps(load_gpt(reference, device), pairs.ids, pairs.mask)
+    return dataclasses.replace(pairs, ref_logps=logps)
+
+
+@torch.no_grad()
+def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
+    """The second estimate of `dpo.sequence_kl` for many rows, (R,) nats, on the CPU.
+
+    Logits are computed for response tokens only.
+    """
+    kls = []
+    for rows in tqdm(torch.arange(len(ids)).split(64), "computing the KL", leave=False):
+        inputs, scored = ids[rows, :-1].to(pi_ref.device), mask[rows, 1:].to(pi_ref.device)
+        p, q = (log_softmax(pi.head(pi.hidden(inputs)[scored])) for pi in (pi_theta, pi_ref))
+        token_kl = (p.exp() * (p - q)).sum(-1)
+        kls.append(token_kl.new_zeros(scored.shape).masked_scatter(scored, token_kl).sum(1).cpu())
+    return torch.cat(kls)
+
+
 def generate(pi: GPT, prompts: list[list[int]], end: int, seed: int, what: str):
     """One response for each prompt: ids, mask and logps (B, context), as `model.sample` returns.
 
     `what` is shown by the progress bar, and different purposes use different random numbers.
     """
     generator = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
-    batches = []
-    for i in tqdm(range(0, len(prompts), 1024), what):
-        batches.append(sample(pi, prompts[i : i + 1024], end, generator=generator))
+    c, batches = pi.config, []
+    rows = (1 << 27) // (2 * c.n_layer * c.context * c.n_embd)  # a cache of 512 MB at most
+    rows = max(16, min(1024, rows))
+    for i in tqdm(range(0, len(prompts), rows), what):
+        batches.append(sample(pi, prompts[i : i + rows], end, generator=generator))
     return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))

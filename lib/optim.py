@@ -1,7 +1,7 @@
-"""Optimisation: optimizers, the learning-rate schedule, and length-bucketed batches."""
+"""Optimisation: optimizers, the learning-rate schedule, and batches."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 
 def bf16_supported(device: torch.device) -> bool:
-    """Whether the device has units for bfloat16. Without them bfloat16 is very slow."""
+    """Whether to use bfloat16: on CUDA, and on CPUs with AVX512-BF16. Elsewhere it is very slow."""
     if device.type != "cpu":
         return device.type == "cuda"
     in_use = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY can lower it
@@ -19,22 +19,12 @@ def bf16_supported(device: torch.device) -> bool:
 def linear_warmup_decay(steps: int) -> Callable[[int], float]:
     """Learning-rate multiplier: linear warmup over 2 % of the steps, then linear decay to 0."""
     warmup = 0.02 * steps
-    return lambda step: min(1.0, (step + 1) / (warmup + 1)) * (1 - step / steps)
+    return lambda step: min(1.0, (step + 1) / (warmup + 1)) * (1 - step / max(1, steps))
 
 
-def length_bucketed_batches(
-    lengths: np.ndarray, batch_size: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """One epoch of random batches of rows with similar lengths, which need little padding.
-
-    Rows are sorted by length within random chunks of 20 batches.
-    """
-    order = rng.permutation(len(lengths))
-    for chunk in np.array_split(order, math.ceil(len(order) / (20 * batch_size))):
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        batches = np.array_split(chunk, math.ceil(len(chunk) / batch_size))
-        for i in rng.permutation(len(batches)):
-            yield batches[i]
+def random_batches(n: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """One epoch: the numbers below n in random batches."""
+    return np.array_split(rng.permutation(n), math.ceil(n / batch_size))
 
 
 OPTIMIZERS = {

@@ -1,15 +1,15 @@
 """Cached stages: a result is kept in a file, and reused while nothing it depends on changes.
 
-    reference = stage("reference", sft, dataset, config, seed, device)
+    reference = stage("reference", sft, checkpoint, texts, steps, seed, device)
 
 The key of a result covers
 
 - the code of the function: its syntax tree without comments, docstrings and annotations, and that
   of every project function, class and constant it refers to, in any file;
 - the arguments by value: a tensor or a file at a `Path` by content, a callable by its code;
-- the versions of Python and torch, and whether the device has bfloat16 units.
+- the versions of Python and torch, and whether the device supports bfloat16.
 
-What this file leaves out: code that is only found at run time, as by `getattr(object, name)`.
+The key does not cover code that is found only at run time, for instance by `getattr(object, name)`.
 """
 
 import ast
@@ -18,23 +18,24 @@ import functools
 import hashlib
 import inspect
 import io
-import json
 import marshal
 import platform
 import sysconfig
 import textwrap
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data import Dataset, SentimentClassifier, WordReward
 from dpo import Preferences
 from lib.evaluate import EvalSet
-from lib.io import atomic_write, open_user_file, sha256
+from lib.io import atomic_write, sha256
 from lib.optim import bf16_supported
 
 TYPES = [Dataset, EvalSet, Preferences, SentimentClassifier, WordReward]
@@ -53,6 +54,8 @@ def describe(value: object, seen: set) -> object:
         return type(value).__name__, sha256(marshal.dumps(value, 2))  # no objects in it: fast
     except ValueError:
         pass
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().flatten()
         return str(value.dtype), tuple(value.shape), sha256(flat.view(torch.uint8).numpy())
@@ -61,14 +64,14 @@ def describe(value: object, seen: set) -> object:
     if isinstance(value, torch.device):
         return str(value), bf16_supported(value)
     if isinstance(value, functools.partial):
-        return describe([value.func, value.args, value.keywords], seen)
+        value = [value.func, value.args, value.keywords]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [type(value), vars(value)]
     if isinstance(value, dict):
-        return type(value).__name__, [describe(item, seen) for item in value.items()]
+        value = list(value.items())
     if isinstance(value, list | tuple):
         return type(value).__name__, [describe(part, seen) for part in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return describe([type(value), vars(value)], seen)
-    if callable(value):
+    if inspect.isroutine(value) or inspect.isclass(value):
         return describe_code(inspect.unwrap(value), seen)
     if repr(value).startswith("<") or " at 0x" in repr(value):  # does not show its content
         raise TypeError(f"a stage cannot depend on {value!r}")
@@ -106,7 +109,9 @@ def in_project(module: ModuleType | None) -> bool:
     file = getattr(module, "__file__", None)
     if file is None:
         return getattr(module, "__name__", "") == "__main__"  # a notebook
-    return not file.startswith(INSTALLED) and "-packages" not in file
+    return not file.startswith(INSTALLED) and not {"site-packages", "dist-packages"} & set(
+        Path(file).parts
+    )
 
 
 @functools.cache
@@ -152,7 +157,6 @@ class Stage:
 
     def __init__(self, folder: Path, plan: bool = False):
         self.folder, self.plan = folder, plan
-        self.log = folder / "stages.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float | None] = {}  # None: planned, and not cached
 
@@ -160,43 +164,37 @@ class Stage:
         self.seconds[name] = None
         if self.plan and any(isinstance(arg, Missing) for arg in args):
             return Missing()
-        key, entries, path = stage_key(function, args), self.entries(), self.folder / f"{name}.pt"
-        entry = entries.pop(name, {})
-        content = path.read_bytes() if path.exists() and entry.get("key") == key else b""
-        if content and sha256(content) == entry.get("checksum"):
-            self.seconds[name] = entry.get("seconds", 0.0)
-            return self.load(path, content)
-        if self.plan:
-            return Missing()
-        if content:
-            print(f"{path}: does not match its checksum; computing it again")
+        key, path = stage_key(function, args), self.folder / f"{name}.pt"
+        found = self.read(path)
+        if found.get("key") != key:
+            if self.plan:
+                return Missing()
+            start = time.perf_counter()
+            value = function(*args)
+            found = {"key": key, "seconds": time.perf_counter() - start, "value": value}
+            torch.save(found, buffer := io.BytesIO())
+            atomic_write(path, buffer.getvalue())
+            if not (found := self.read(path)):
+                raise TypeError(f"{name}: add the types of its result to lib.stage.TYPES")
+        self.seconds[name] = found["seconds"]
+        return found["value"]
 
-        self.write_log(entries)  # forget the old key first, so that a new file never meets it
-        start = time.perf_counter()
-        torch.save(function(*args), buffer := io.BytesIO())
-        self.seconds[name] = time.perf_counter() - start
-        atomic_write(path, buffer.getvalue())
-        checksum = sha256(buffer.getvalue())
-        entry = {"key": key, "checksum": checksum, "seconds": self.seconds[name]}
-        self.write_log(entries | {name: entry})
-        return self.load(path, buffer.getvalue())
+    def read(self, path: Path) -> dict:
+        """The content of a stage's file; {} if there is none, or if it is damaged."""
+        if not path.exists():
+            return {}
+        try:
+            if zipfile.ZipFile(path).testzip() is not None:
+                raise ValueError("wrong checksum")
+            with torch.serialization.safe_globals(TYPES):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+            return found if "key" in found else {}
+        except Exception as e:  # damaged files may raise anything
+            print(f"{path}: is damaged, and is computed again ({e})")
+            return {}
 
     def describe(self) -> str:
         """Which stages are cached and which will run, after a plan."""
         cached = [name for name, seconds in self.seconds.items() if seconds is not None]
         missing = [name for name in self.seconds if name not in cached]
         return f"cached: {', '.join(cached) or 'none'}; to run: {', '.join(missing) or 'none'}"
-
-    def load(self, path: Path, content: bytes):
-        what = "the result of a stage; delete it to compute it again"
-        with open_user_file(path, what), torch.serialization.safe_globals(TYPES):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-    def entries(self) -> dict[str, dict]:
-        if not self.log.exists():
-            return {}
-        with open_user_file(self.log, "the list of stages; delete it to start again"):
-            return {name: dict(entry) for name, entry in json.loads(self.log.read_bytes()).items()}
-
-    def write_log(self, entries: dict[str, dict]):
-        atomic_write(self.log, json.dumps(entries, indent=1).encode())
