@@ -138,10 +138,3 @@ def test_a_second_run_computes_nothing(out):
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
     assert ablations.main([*TINY, "--studies", "displacement", "coverage", "--out", str(out)]) == 0
     assert made == {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
-
-
-def test_an_unknown_study_is_one_line_and_exit_code_2(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        ablations.main(["--studies", "missing"])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "missing" in error and error.count("\n") == 1

@@ -4,15 +4,17 @@ import ast
 import inspect
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 import train
 from beyond import common, compare, losses
 from dpo import Preferences, frontier
-from lib import cli, evaluate
+from lib import cli
 from lib.io import file_lock
 from lib.stage import Stage
 
@@ -69,12 +71,12 @@ def test_the_optimum_s_rows_agree_with_the_frontier():
 
 
 def test_the_best_of_n_wins_with_the_weights_of_order_statistics():
-    """Gain: `evaluate.best_of_n`. Length at n = 2: the mean over all pairs, by hand."""
+    """Gain and length at n = 2: the mean over all pairs, by hand."""
     r = torch.tensor([[0.0, 1.0, 2.0]])
     length = torch.tensor([[5.0, 7.0, 12.0]])
     one, two, three = common.best_of_n_rows(r, length)
     assert [row["n"] for row in (one, two, three)] == [1, 2, 3]
-    assert two["gain"] == pytest.approx(evaluate.best_of_n(r, 2) - 1)
+    assert two["gain"] == pytest.approx((1 + 2 + 2) / 3 - 1)
     assert two["length"] == pytest.approx((7 + 12 + 12) / 3)
     assert one["length"] == pytest.approx(8) and three["length"] == pytest.approx(12)
     assert two["kl"] == pytest.approx(math.log(2) - 0.5)
@@ -164,6 +166,15 @@ def test_kto_records_its_reference_point_and_the_variant_s_is_an_estimate_of_the
     """z_0 is None but for KTO; with y' from pi_theta it is positive once the policy has moved."""
     z_0 = {p["method"]: p["z_0"] for p in results(out)["points"]}
     assert z_0["dpo"] is None and z_0["rso"] is None and z_0["kto_samples"] > 0
+
+
+def test_held_out_pairs_have_no_part_in_kto_s_recorded_reference_point(toy):
+    """Training looks at them ten times, with the same loss."""
+    (preferences, _), z_0 = toy.returned["preferences"], []
+    loss = partial(compare.recorded, loss=partial(losses.kto, beta=1.0), z_0=z_0)
+    how = "sgd", 0.01, 1, 8, toy.returned["dataset"], toy.returned["eval_set"], 0, tiny.CPU
+    found = train.train_dpo(toy.returned["reference"], preferences, loss, *how)
+    assert len(z_0) == len(found["curves"])
 
 
 # ------------------------------------------------- a run

@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beyond import convert
-from lib.custom_data import read_pairs
 
 
 def messages(*contents: str) -> list[dict]:
@@ -48,9 +47,13 @@ def lines(*rows) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+def read_pairs(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+
 @pytest.fixture
 def converted(tmp_path, capsys):
-    """content, flags -> the pairs, as train.py reads them, and what was printed."""
+    """content, flags -> the pairs that were written, and what was printed."""
 
     def run(content: bytes, *flags: str):
         (tmp_path / "in").write_bytes(content)
@@ -171,11 +174,6 @@ def test_csv_files_are_read(separator, converted):
     assert said[0] == "in: CSV, 1 x pair"
 
 
-def test_a_csv_file_of_transcripts_is_read(converted):
-    quoted = ",".join(f'"{TRANSCRIPTS[name]}"' for name in ("chosen", "rejected"))
-    assert converted(f"chosen,rejected\n{quoted}\n".encode())[0] == [GREETING]
-
-
 def changed(row: dict, **changes) -> bytes:
     """A good line, and a row that is not."""
     return lines(PAIR, row | changes)
@@ -285,12 +283,13 @@ JSON = st.recursive(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(ROWS), st.dictionaries(st.sampled_from(list(SCORES | WHOLE)), JSON))
 def test_any_row_gives_pairs_or_one_line(tmp_path, capsys, row, changes):
-    """Any JSON in place of any value => pairs that train.py reads, or exit code 2 and one line."""
+    """Any JSON in place of any value => pairs that are read again unchanged, or one line."""
     (tmp_path / "in").write_bytes(lines(row | changes))
     (tmp_path / "out").unlink(missing_ok=True)
     code = convert.main([str(tmp_path / "in"), str(tmp_path / "out")])
     error = capsys.readouterr().err
     if code == 0:
-        assert read_pairs(tmp_path / "out")
+        pairs = read_pairs(tmp_path / "out")
+        assert pairs and convert.convert(tmp_path / "out", "bt", 0)[0] == pairs
     else:
         assert code == 2 and re.fullmatch(r"beyond\.convert: [^\n]+\n", error)

@@ -4,6 +4,7 @@ import math
 import random
 import re
 import tarfile
+from collections import defaultdict
 
 import pytest
 import torch
@@ -92,16 +93,25 @@ def test_a_classifier_learns_words_and_pairs_of_words():
     r = data.train_classifier(texts["bad"], texts["good"], epochs=20)
     assert r(["it was not bad"]) > 1 > -1 > r(["it was not good"])
     assert torch.isfinite(r(["", "!?"])).all()
-    torch.testing.assert_close(r(["not bad", "", "film"])[2:], r(["film"]))
+    known, unknown = r(["not bad", "", "film"]), r(["zebra not bad", "zebra", "film 7"])
+    torch.testing.assert_close(known, unknown)  # what is not in the index has no influence
 
 
-def test_r_star_is_accurate_on_reviews_it_was_not_trained_on(imdb):
-    """Its accuracy on the test reviews is reported, and it agrees with the grammar's weights."""
-    r, accuracy = imdb.returned["rewards"]
-    assert 0.5 < accuracy <= 1
-    texts = data.toy_reviews(200, 77)
-    agree = (r(texts) > 0) == (REWARD(texts) > 0)
-    assert agree.float().mean() > 0.6
+def graded_reviews() -> dict[str, list[str]]:
+    """Reviews of the grammar in the parts of IMDb, by the sign of the weights of their words."""
+    reviews = defaultdict(list)
+    for i, text in enumerate(data.toy_reviews(3000, 77)):
+        if r := round(REWARD([text]).item(), 3):
+            part = f"{'train' if i % 3 else 'test'}/{'pos' if r > 0 else 'neg'}"
+            reviews[part].append(text)
+    return reviews
+
+
+def test_r_star_is_accurate_on_reviews_it_was_not_trained_on():
+    reviews = graded_reviews()
+    r, accuracy = data.imdb_rewards(reviews)
+    right = (r(reviews["test/pos"]) > 0).tolist() + (r(reviews["test/neg"]) < 0).tolist()
+    assert accuracy == pytest.approx(sum(right) / len(right)) and 0.8 < accuracy <= 1
 
 
 # ------------------------------------------------- tokens
@@ -223,12 +233,6 @@ def test_soft_labels_hold_both_orders_weighted_by_their_probability():
         log_odds = data.WEIGHT[pair[0]] - data.WEIGHT[pair[1]]
         assert math.log(weight[w, l] / weight[l, w]) == pytest.approx(log_odds, abs=1e-5)
         assert weight[w, l] + weight[l, w] == pytest.approx(1)
-
-
-def test_argmax_labels_prefer_the_higher_reward():
-    preferences, counts = labelled("argmax", P=3)
-    assert all(data.WEIGHT[w] > data.WEIGHT[l] for w, l in words_of(preferences))
-    assert counts == {"pairs": 27, "ties": 0, "identical": 3}
 
 
 def test_best_worst_is_one_pair_per_prompt():

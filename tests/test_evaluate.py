@@ -1,6 +1,7 @@
 """lib/evaluate.py: everything that is reported, by plain arithmetic over lists."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 import data
+import dpo
+import model
 from lib import evaluate
 from lib.checkpoint import load_gpt, to_checkpoint
 from lib.evaluate import BETAS, evaluate_policy, fraction_of_optimal, optimal_frontier
@@ -117,6 +120,35 @@ def test_pi_ref_itself_has_no_kl_no_margin_and_half_of_the_pairs(toy):
     assert abs(point["gain"]) < 5 * point["gain_se"] + 0.5
 
 
+def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other):
+    """All held-out pairs, and 32 samples, whose log-probabilities give the entropy."""
+    _, pi_theta, pi_ref, _, tokenizer = other
+    dataset, eval_set = toy.returned["dataset"], toy.returned["eval_set"]
+    loss = functools.partial(dpo.dpo, beta=2.0)
+    found, texts = evaluate.monitor(pi_theta, pi_ref, loss, dataset, eval_set, tokenizer, 0)
+    pairs = eval_set.pairs  # fewer than 128 rows, so all of them
+    losses, r_hat_w, r_hat_l = loss(compute_logps(pi_theta, pairs.ids, pairs.mask), pairs)
+    margin = (r_hat_w - r_hat_l).tolist()
+    prompts = dataset.eval_prompts * 8  # 32
+    generator = torch.Generator().manual_seed(0)
+    ids, mask, logps = model.sample(pi_theta, prompts, tokenizer.eot_token, generator=generator)
+    samples = data.decode_rows(ids, mask, tokenizer)
+    r = data.WordReward(data.WEIGHT)(samples)
+    expected = {
+        "held_out_loss": losses.mean(),
+        "held_out_margin": sum(margin) / len(margin),
+        "held_out_accuracy": sum((m > 0) + 0.5 * (m == 0) for m in margin) / len(margin),
+        "kl": dpo.sequence_kl(pi_theta, pi_ref, ids, mask)[1].mean(),
+        "entropy": -logps.sum() / len(ids),
+        "length": mask.sum() / len(ids),
+        "reward": r.mean(),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
+    assert texts == [f"r* {r[i]:+.2f} | {samples[i]}" for i in range(2)]
+
+
 # ------------------------------------------------- the optimum
 
 
@@ -140,14 +172,14 @@ def test_the_frontier_is_the_optimum_of_eq_4(normal):
 
 
 def test_the_fraction_of_optimal_is_relative_to_the_frontier_at_the_same_kl(normal):
-    frontier, ref = optimal_frontier(normal), normal.double().mean(1).numpy()
+    frontier, ref = optimal_frontier(normal), normal.double().mean(1)
     i = int(np.argmin(np.abs(BETAS - 2)))
-    gain, kl = frontier["reward"][i].mean() - ref.mean(), frontier["kl"][i].mean()
+    gain, kl = frontier["reward"][i].mean() - ref.mean().item(), frontier["kl"][i].mean()
     for factor in (1, 0.5, 2, -1):
-        found = fraction_of_optimal(frontier, ref, ref + factor * gain, np.full(20, kl))
-        assert found["fraction_of_optimal"] == pytest.approx(factor)
+        found = fraction_of_optimal(normal, ref + factor * gain, torch.full((20,), kl))
+        assert found["fraction_of_optimal"] == pytest.approx(factor, rel=1e-4)
         assert 0 < found["fraction_of_optimal_se"] < 0.2
-    beyond = fraction_of_optimal(frontier, ref, ref + gain, np.full(20, 8.0))
+    beyond = fraction_of_optimal(normal, ref + gain, torch.full((20,), 8.0))
     assert set(beyond.values()) == {None}
 
 
@@ -169,12 +201,6 @@ def test_regret_is_zero_at_the_optimum_and_undefined_for_argmax_labels(labels, n
     unreliable = evaluate.optimality_gap(normal, best_r.float(), best_kl.float(), 0.06, labels)
     assert unreliable["regret"] is None
     assert evaluate.optimality_gap(normal, best_r, best_kl, 0.01, labels)["regret"] is None
-
-
-def test_standard_errors_are_over_prompts():
-    values = torch.tensor([[1.0, 1.0], [3.0, 3.0], [5.0, 5.0]])
-    found = evaluate.mean_and_se("x", values)
-    assert found == {"x": 3.0, "x_se": pytest.approx(2 / 3**0.5)}
 
 
 def test_nats_per_byte_of_a_uniform_model(toy):

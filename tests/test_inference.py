@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpo
-from lib.inference import compute_logps, fast_response_logps, generate, row_lengths
+from lib.inference import collate, compute_logps, fast_response_logps, generate, mean_kl
 from lib.optim import bf16_supported
 from model import GPT, GPTConfig
 from tiny import CPU, Products
@@ -83,8 +83,23 @@ def test_many_rows_are_computed_in_batches():
     assert not logps.requires_grad
 
 
-def test_row_lengths_count_prompt_and_response():
-    assert row_lengths(masks([(1, 8), (3, 4), (2, 6)])).tolist() == [8, 4, 6]
+def test_collate_pads_on_the_right():
+    ids, mask = collate([[1, 2, 3], [4, 5, 6, 7]], [2, 1])
+    assert ids.tolist() == [[1, 2, 3, 0], [4, 5, 6, 7]]
+    assert mask.int().tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+
+
+def test_the_kl_of_many_rows_is_the_second_estimate_of_sequence_kl():
+    """Also where responses have holes or lie in the first of several batches. pitfall 25"""
+    pi_theta, pi_ref = gpt(), gpt()
+    pi_theta.wte.weight.data += 0.3 * torch.randn_like(pi_theta.wte.weight)
+    mask = masks([(1 + i % 6, 2 + i % 6 + i % 2) for i in range(150)])
+    mask[1, 2] = False
+    ids = torch.randint(V, mask.shape)
+    kl = mean_kl(pi_theta, pi_ref, ids, mask)
+    torch.testing.assert_close(kl, dpo.sequence_kl(pi_theta, pi_ref, ids, mask)[1])
+    assert not kl.requires_grad and (kl > 0).sum() > 100
+    assert mean_kl(pi_ref, pi_ref, ids, mask).abs().max() == 0
 
 
 # ------------------------------------------------- sampling

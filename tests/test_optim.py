@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from beyond.muon import Muon, orthogonalize
-from lib.optim import OPTIMIZERS, length_bucketed_batches, linear_warmup_decay
+from lib.optim import OPTIMIZERS, linear_warmup_decay, random_batches
 
 SHAPES = [(8, 8), (4, 16), (16, 4), (48, 12), (16, 4)]
 
@@ -70,15 +70,13 @@ def test_the_learning_rate_warms_up_over_2_percent_and_ends_at_0():
 
 
 @pytest.mark.parametrize("n, batch_size", [(1003, 16), (7, 16), (16, 16), (40, 1)])
-def test_length_bucketed_batches_are_one_epoch_of_similar_lengths(n, batch_size):
-    lengths = np.random.default_rng(0).integers(1, 40, n)
-    batches = list(length_bucketed_batches(lengths, batch_size, np.random.default_rng(1)))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(n))
-    assert max(map(len, batches)) <= batch_size
-    again = list(length_bucketed_batches(lengths, batch_size, np.random.default_rng(2)))
-    assert n < 20 or [b.tolist() for b in batches] != [b.tolist() for b in again]
-    if n > 20 * batch_size > 20:
-        assert np.mean([np.ptp(lengths[b]) for b in batches]) < 5
+def test_random_batches_are_one_epoch_in_random_order(n, batch_size):
+    first, again, other = (
+        [batch.tolist() for batch in random_batches(n, batch_size, np.random.default_rng(seed))]
+        for seed in (1, 1, 2)
+    )
+    assert sorted(i for batch in first for i in batch) == list(range(n)) and first == again != other
+    assert max(map(len, first)) <= batch_size and len(first) == -(-n // batch_size)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

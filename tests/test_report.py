@@ -1,4 +1,4 @@
-"""lib/report.py: figures, samples and the table, all from results.json."""
+"""lib/report.py: figures, page, samples and the table, all from results.json."""
 
 import json
 import shutil
@@ -7,19 +7,17 @@ import sys
 
 import pytest
 
+from beyond import page
 from lib import report
 from tiny import ROOT
 
-PRODUCTS = {"results.json", "figure.png", "curves.png", "samples.txt"}
+PRODUCTS = {"results.json", "figure.png", "curves.png", "samples.txt", "report.html"}
 
 
 @pytest.mark.parametrize("kind", ["toy", "imdb", "own"])
-def test_a_report_is_four_files(kind, request):
+def test_a_report_is_five_files(kind, request):
     run = request.getfixturevalue(kind)
-    assert {p.name for p in run.folder.iterdir() if p.suffix in (".json", ".png", ".txt")} == {
-        *PRODUCTS,
-        "stages.json",
-    }
+    assert {path.name for path in run.folder.iterdir() if path.suffix != ".pt"} == PRODUCTS
     for name in ("figure.png", "curves.png"):
         assert (run.folder / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -39,19 +37,20 @@ def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
     assert "results.json" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_samples_show_prompts_texts_and_rewards(toy, own):
-    text = (toy.folder / "samples.txt").read_text(encoding="utf-8")
-    assert [cell.strip() for cell in text.splitlines()[0].split("|")] == [
-        "pi_ref",
-        "beta 0.5",
-        "beta 2",
+def test_samples_show_prompts_texts_and_rewards():
+    sample = {"prompt": "the plot", "texts": ["the plot is odd.", "the plot is superb and moving."]}
+    known, unknown = sample | {"rewards": [-0.3, 2.3]}, sample | {"rewards": [None, None]}
+    assert page.samples_text(["pi_ref", "beta 1"], [known, unknown], 16).splitlines() == [
+        "pi_ref           | beta 1",
+        "",
+        "the plot ...",
+        "-0.30 is odd.    | +2.30 is superb",
+        "                 | and moving.",
+        "",
+        "the plot ...",
+        "is odd.          | is superb and",
+        "                 | moving.",
     ]
-    for sample in toy.results["samples"]:
-        assert f"\n{sample['prompt']} ...\n" in text
-        for response, r in zip(sample["texts"], sample["rewards"], strict=True):
-            words = response.removeprefix(sample["prompt"]).split()
-            assert f"{r:+.2f}" in text and all(word in text for word in words)
-    assert all(r is None for sample in own.results["samples"] for r in sample["rewards"])
 
 
 def test_the_table_has_a_row_for_each_beta_and_dashes_for_unknown_values(toy):
@@ -72,6 +71,21 @@ def test_figures_show_what_is_known(toy, own):
     assert any("optimum of all policies" in label for label in labels["toy"])
     assert not any("optimum" in label for label in labels["own"])
     assert "gain" in labels["toy"][-1] and "accuracy" in labels["own"][-1]
-    panels = report.draw_curves(toy.results["curves"]).axes
-    assert [ax.get_title() for ax in panels] == list(report.PANELS)
+    panels = page.draw_curves(toy.results["curves"]).axes
+    assert [ax.get_title() for ax in panels] == list(page.PANELS.values())
     assert all(len(ax.lines) >= 2 * len(toy.results["curves"]) for ax in panels)
+
+
+def test_wilson_interval_has_known_values():
+    """9 of 10: (0.596, 0.982). It is symmetric, and never leaves [0, 1]."""
+    assert report.wilson_interval(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+    low, high = report.wilson_interval(0.1, 10)
+    assert (1 - high, 1 - low) == pytest.approx(report.wilson_interval(0.9, 10))
+    assert report.wilson_interval(1.0, 5)[1] == pytest.approx(1) and low > 0
+
+
+def test_the_summary_of_own_preferences_has_an_interval(own):
+    last = report.summary(own.results).splitlines()[-1]
+    point = own.results["points"][-1]
+    low, high = report.wilson_interval(point["pair_accuracy"], point["pairs"])
+    assert f"{point['pairs']} pairs" in last and f"{low:.2f} to {high:.2f}" in last

@@ -23,6 +23,7 @@ def run(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "3000")
 
     def call(*argv):
+        capsys.readouterr()
         code = sample.main([str(arg) for arg in argv])
         return code, *capsys.readouterr()
 
@@ -81,15 +82,11 @@ def test_every_model_has_completions_with_their_reward_and_log_ratio(name, run, 
             assert "".join(text.split()) == "".join(sample.printable(y).split())
 
 
-def test_pi_ref_of_a_run_without_fine_tuning_is_the_projects(tmp_path):
-    """No reference.pt, and init is pi_ref.pt => pi_ref is that model, with the run's context."""
-    policy = read_checkpoint(sample.PI_REF)
-    (tmp_path / "results.json").write_text('{"config": {"init": "pi_ref.pt", "context": 20}}')
-    torch.save(policy, tmp_path / "dpo-1.pt")
-    models = sample.load_models(tmp_path, torch.device("cpu"))
-    assert list(models.policies) == ["pi_ref", "dpo, beta 1"]
-    assert models.pi_ref.config.context == 20
-    assert torch.equal(models.pi_ref.wte.weight, policy["weights"]["wte.weight"])
+def test_without_pi_ref_there_is_no_log_ratio(toy, run, tmp_path):
+    shutil.copy(toy.folder / "dpo-2.pt", tmp_path)
+    code, printed, _ = run(tmp_path, "the plot", "--n", "1")
+    assert code == 0 and "dpo, beta 2" in printed
+    assert "pi_ref" not in printed and "log-ratio" not in printed
 
 
 def test_one_checkpoint_is_sampled_by_itself(toy, run, tmp_path):
@@ -182,3 +179,22 @@ def test_a_wrong_flag_is_one_line(flags, toy, run, capsys):
         run(toy.folder, "the plot", *flags)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and flags[0] in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["toy", "own"])
+def test_held_out_pairs_are_shown_from_the_largest_to_the_smallest_margin(name, run, request):
+    """--pairs --n 2 => the margins of each policy's first pairs and last pairs, from its logps."""
+    recorded = request.getfixturevalue(name)
+    code, printed, _ = run(recorded.folder, "--pairs", "--n", "2")
+    assert code == 0
+    beta = recorded.cfg.beta[0]
+    policy = load_gpt(read_checkpoint(recorded.folder / f"dpo-{beta:g}.pt"), torch.device("cpu"))
+    pairs = recorded.returned["eval_set"].pairs
+    logps = dpo.response_logps(policy, pairs.ids, pairs.mask)
+    _, r_hat_w, r_hat_l = dpo.dpo(logps, pairs, beta)
+    margin = (r_hat_w - r_hat_l).sort(descending=True).values.tolist()
+    shown = [float(r) for r in re.findall(r"r_hat +([+-][\d.]+)", printed)][:8]
+    margins = [shown[i] - shown[i + 1] for i in range(0, 8, 2)]
+    expected = [*margin[:2], *margin[-1:-3:-1]]
+    assert margins == pytest.approx(expected, abs=0.1)
+    assert f"of {len(margin)} held-out pairs" in printed

@@ -26,7 +26,7 @@ def test_snippet_prints_what_the_page_says(entry):
 def test_every_entry_has_cause_check_decision_and_fix():
     """Eight symptoms, each with all parts, in this order"""
     assert len(ENTRIES) == 8
-    parts = ["Cause", "Check", "Decides", "Fix"]
+    parts = ["Cause", "Check", "Tests", "Fix"]
     for entry, text in ENTRIES.items():
         assert re.findall(r"^\*\*(\w+)\.\*\*", text, re.M) == parts, entry
 

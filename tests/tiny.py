@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
-from lib import report
 from lib.checkpoint import to_checkpoint
 from lib.stage import Stage
 from model import GPT, GPTConfig
@@ -34,7 +33,7 @@ def config(kind: str, folder: Path) -> train.Config:
     if kind == "toy":
         return train.Config(beta=(0.5, 2.0), **SIZES)
     (folder / "init.pt").write_bytes(saved(checkpoint()))
-    given = SIZES | {"init": folder / "init.pt", "beta": (1.0,)}
+    given = SIZES | {"init": str(folder / "init.pt"), "beta": (1.0,)}
     if kind == "imdb":
         (folder / "imdb.tar.gz").write_bytes(archive())
         return train.Config(data="imdb", imdb=folder / "imdb.tar.gz", **given)
@@ -142,7 +141,6 @@ def record(folder: Path, cfg: train.Config) -> SimpleNamespace:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         patch.setattr(Stage, "__call__", call)
         results = train.run(cfg, Stage(folder / "out"), CPU)
-    report.write_report(folder / "out", results)
     return SimpleNamespace(
         cfg=cfg, folder=folder / "out", results=results, products=products.dtypes,
         calls=calls, executed=executed, returned=returned,

@@ -1,5 +1,6 @@
 """model.py: GPT-2's architecture, and sampling from an enumerable GPT."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -297,3 +298,16 @@ def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
     assert low.dtype == torch.bfloat16 and pi.new_cache(1).dtype == torch.bfloat16
     assert 0 < (low.float() - exact).abs().max() < 0.05
     assert {p.dtype for p in pi.parameters()} == {torch.float32}
+
+
+def test_logit_bias_shifts_each_tokens_logit_by_its_scaled_value():
+    """bias = 0  =>  the logits of a model without one;  logits = h W' + bias_scale bias"""
+    plain, biased = GPT(CONFIG), GPT(dataclasses.replace(CONFIG, bias_scale=3.0))
+    biased.load_state_dict(plain.state_dict() | {"bias": torch.zeros(11)})
+    ids = torch.arange(8)[None]
+    assert_same(biased(ids), plain(ids))
+    with torch.no_grad():
+        biased.bias[5] = 2.0
+    shift = torch.zeros(11)
+    shift[5] = 6.0
+    torch.testing.assert_close(biased(ids), plain(ids) + shift)
