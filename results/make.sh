@@ -3,11 +3,14 @@
 # IMDB: the archive, if it is not to be downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for seed in 0 1 2 3 4; do
+for seed in 0 1 2 3 4 5 6 7 8 9; do
     python train.py --seed $seed --out results/toy-$seed
 done
 for seed in 0 1 2; do
-    python train.py --data imdb ${IMDB:+--imdb "$IMDB"} --seed $seed --out results/imdb-$seed
+    python train.py --data imdb ${IMDB:+--imdb "$IMDB"} --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 \
+        --out results/imdb-$seed
+    python -m beyond.judge results/imdb-$seed ${IMDB:+--imdb "$IMDB"}
+    python -m beyond.explain --seed $seed --out results/explain-$seed
     python -m beyond.compare --seed $seed --out results/compare-$seed
     python -m beyond.figure2 --seed $seed --out results/figure2-$seed
 done
