@@ -51,6 +51,15 @@ def test_tables_are_computed_from_results(dataset):
     assert "\n".join(table(dataset)) in README
 
 
+def test_the_judges_table_is_that_of_its_results():
+    """docs/imdb.md, from results/imdb-0/judge.json"""
+    text = (ROOT / "docs/imdb.md").read_text(encoding="utf-8")
+    columns = ("win rate by r*", "win rate by judge", "P(positive) by r*", "P(positive) by judge")
+    for row in json.loads((ROOT / "results/imdb-0/judge.json").read_text(encoding="utf-8")):
+        cells = [f"{row[name]:.2f}" for name in columns]
+        assert f"| {row['policy'].removeprefix('dpo, ')} | {' | '.join(cells)} |" in text
+
+
 def test_fraction_of_the_optimum_is_the_range_over_seeds():
     runs = results("toy") + results("avx2-toy")
     points = [point for run in runs for point in run["points"]]
