@@ -3,7 +3,8 @@
     ids (B, T) -> GPT -> logits (B, T, V),   softmax(logits[:, t]) = pi( . | ids[:, :t+1])
 
 Pre-LayerNorm blocks, learned positions, tanh-GELU, biases everywhere, and an output matrix tied to
-the token embedding. Module names are GPT-2's.
+the token embedding. Module names are GPT-2's. A bias for each token's logit, which GPT-2 lacks, is
+optional (docs/imdb.md).
 
 What this file leaves out: dropout, because DPO needs `train()` and `eval()` to compute the same
 function (the loss must start at ln 2); and padding masks, because sequences are padded on the

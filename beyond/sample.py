@@ -211,19 +211,6 @@ def order_pairs(path: Path, models: Models, n: int) -> str:
 # ------------------------------------------------- the command line
 
 
-def number_from(kind: type, low: float, high: float):
-    """An argparse type: a number in a range."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def read_prompts() -> Iterator[str]:
     """Prompts from the terminal or a pipe, until its end."""
     while True:
@@ -240,9 +227,9 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("run", type=Path, help="the folder of a run, or a checkpoint")
     add("prompt", nargs="?", help="the beginning of a text; without it, prompts are asked for")
-    add("--n", type=number_from(int, 1, 1000), default=4, help="completions (4)")
-    add("--seed", type=number_from(int, 0, 2**32 - 1), default=0, help="random seed (0)")
-    add("--temperature", type=number_from(float, 0.01, 100), default=1.0, help="(1)")
+    add("--n", type=cli.number(int, 1, 1000), default=4, help="completions (4)")
+    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=0, help="random seed (0)")
+    add("--temperature", type=cli.number(float, 0.01, 100), default=1.0, help="(1)")
     add("--device", type=cli.usable_device, default="cpu", help="cpu, cuda or mps (cpu)")
     add("--show", action="store_true", help="show preference pair number --seed of the run")
     add("--pairs", action="store_true", help="show held-out pairs with their implicit rewards")

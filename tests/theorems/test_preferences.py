@@ -92,7 +92,7 @@ def test_rewards_of_different_classes_prefer_differently(bradley_terry, r, seed)
 @given(gap=margins, off=st.integers(1, 40).map(lambda k: k / 10))
 def test_reward_loss_is_least_at_the_logit_of_the_label(dpo_loss, gap, off):
     """Soft label p = s(gap) => -E log s(r_w - r_l) is stationary at r_1 - r_2 = logit p and larger
-    elsewhere. Eq. 2, which is Eq. 7 at beta 1 with log pi in the place of r and no reference"""
+    elsewhere. Eq. 2, which is Eq. 7 at beta 1 with log pi as r and no reference"""
     p = torch.sigmoid(number([gap, -gap]))
     zero = torch.zeros(2, dtype=torch.float64)
 
