@@ -4,26 +4,26 @@
 
 There are two datasets. *toy*: a seeded grammar writes the reviews, and r* is the sum of the weights
 of their words. *imdb*: the Large Movie Review Dataset (Maas et al. 2011), and r* is the logit of a
-sentiment classifier that is trained here. As in section 6.1 of the paper, r* both labels the
-preferences and evaluates the policies. Rewards are in nats: r*(x, y_1) - r*(x, y_2) is the log-odds
-that y_1 is preferred.
+sentiment classifier that beyond/reward.py trained. As in section 6.1 of the paper, r* both labels
+the preferences and evaluates the policies. Rewards are in nats: r*(x, y_1) - r*(x, y_2) is the
+log-odds that y_1 is preferred.
 
 What this file leaves out: models.
 """
 
+import json
+import math
 import random
 import re
 import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,13 +47,38 @@ class Dataset:
     """What an experiment starts from. Texts and prompts are lists of token ids."""
 
     eval_prompts: list[list[int]]  # distinct, and not among `prompts`
-    unseen_texts: list[list[int]]  # to measure how well pi_ref predicts text
     sft_texts: list[list[int]]  # for supervised fine-tuning
     prompts: list[list[int]] = field(default_factory=list)  # to collect preferences on
     reward: Reward | None = None  # r*
     pairs: Preferences | None = None  # in place of prompts and r*; without log pi_ref
     eval_pairs: Preferences | None = None
-    notes: dict = field(default_factory=dict)  # for results.json
+
+
+# -------------------------------------------------- the true reward
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z']+|[!?]", text.lower())
+
+
+@dataclass(frozen=True)
+class WordReward:
+    """r*: the sum of the weights of a text's words; other words have weight 0.
+
+    For IMDb, the sum over the n known words is divided by sqrt(n), and a bias is added.
+    """
+
+    weight: dict[str, float]
+    bias: float = 0.0
+    divide: bool = False
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        rewards = []
+        for text in texts:
+            found = [self.weight[word] for word in words_of(text) if word in self.weight]
+            n = len(found) if found and self.divide else 1
+            rewards.append(sum(found) / math.sqrt(n) + self.bias)
+        return torch.tensor(rewards)
 
 
 # -------------------------------------------------- the toy dataset
@@ -111,17 +136,6 @@ def toy_tokens() -> list[bytes]:
     return list(dict.fromkeys(tokens))  # "a" and "i" are bytes, too
 
 
-@dataclass(frozen=True)
-class WordReward:
-    """The sum of the weights of a text's words: r* of the toy dataset."""
-
-    weight: dict[str, float]
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        words = (re.findall("[a-z]+", text) for text in texts)
-        return torch.tensor([sum(self.weight.get(word, 0.0) for word in text) for text in words])
-
-
 def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
     """Reviews of the grammar: some for pi_ref, others for prompts, and others for evaluation."""
     n = sizes.reviews
@@ -134,105 +148,34 @@ def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
 
 # -------------------------------------------------- the IMDb dataset
 
-MEMBER = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/(\d+)_\d+\.txt$")
+MEMBER = re.compile(r"((?:train|test)/(?:pos|neg|unsup))/(\d+)_\d+\.txt$")
 
 
 def read_imdb(path: Path) -> dict[str, list[str]]:
-    """The reviews of an archive or an unpacked folder, in the order of their numbers.
+    """The reviews of the archive, in the order of their numbers. Nothing is unpacked to disk.
 
-    The keys are "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg". Nothing is
-    unpacked to disk. Raises OSError, ValueError, EOFError, or an error of tarfile or zlib.
+    The keys are "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg". Raises OSError,
+    ValueError, EOFError, or an error of tarfile or zlib.
     """
     reviews: dict[str, list] = defaultdict(list)
-    for name, content in tqdm(imdb_files(path), "reading reviews", unit=" files"):
-        if member := MEMBER.search(name):
-            text = content.decode("utf-8", errors="replace").replace("<br />", " ")
-            reviews[f"{member[1]}/{member[2]}"].append((int(member[3]), " ".join(text.split())))
+    with tarfile.open(path) as archive:
+        for member in tqdm(archive, "reading reviews", unit=" files"):
+            if member.isfile() and (found := MEMBER.search(member.name)):
+                text = archive.extractfile(member).read().decode(errors="replace")
+                text = " ".join(text.replace("<br />", " ").split())
+                reviews[found[1]].append((int(found[2]), text))
+        while archive.fileobj.read(1 << 20):  # to gzip's checksum, at the end
+            pass
     for name in ("train/pos", "train/neg", "test/pos", "test/neg"):
         if not reviews[name]:
             raise ValueError(f"no reviews under {name}; expected aclImdb/train/pos/0_9.txt, ...")
     return {name: [text for _, text in sorted(numbered)] for name, numbered in reviews.items()}
 
 
-def imdb_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The name and content of each file in an archive or a folder."""
-    if path.is_dir():
-        yield from ((file.as_posix(), file.read_bytes()) for file in path.glob("**/*.txt"))
-        return
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile():
-                yield member.name, archive.extractfile(member).read()
-        while archive.fileobj.read(1 << 20):  # to gzip's checksum, at the end
-            pass
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[a-z']+|[!?]", text.lower())
-
-
-@dataclass(frozen=True)
-class SentimentClassifier:
-    """Logistic regression on the words of a text. Its logit is r* of the IMDb dataset."""
-
-    index: dict[str, int]  # the words that it knows; others are ignored
-    weight: Tensor  # (V, 1)
-    bias: Tensor  # (1,)
-
-    @torch.no_grad()
-    def __call__(self, texts: list[str]) -> Tensor:
-        return self.logits([words_of(text) for text in texts])
-
-    def logits(self, texts: list[list[str]]) -> Tensor:
-        """The sum of the weights of each text's n known words, divided by sqrt(n)."""
-        found = [[self.index[word] for word in words if word in self.index] for words in texts]
-        n = torch.tensor([len(ids) for ids in found])
-        ids = torch.tensor([i for ids in found for i in ids], dtype=torch.long)
-        sums = F.embedding_bag(ids, self.weight, n.cumsum(0) - n, mode="sum")[:, 0]
-        return sums / n.clamp(min=1).sqrt() + self.bias
-
-
-def train_classifier(positive: list[str], negative: list[str], epochs: int = 6):
-    """Minimise the cross-entropy with Adagrad. Words in fewer than 20 reviews are ignored.
-
-    A quarter of the examples are whole reviews. The others are snippets of 8 to 64 words, because
-    the classifier will judge openings of reviews.
-    """
-    rng = np.random.default_rng(0)
-    texts = [words_of(text) for text in positive + negative]
-    counts = Counter(word for words in texts for word in set(words))
-    known = sorted(word for word, n in counts.items() if n >= 20)
-    weight = torch.zeros(len(known), 1, requires_grad=True)
-    bias = torch.zeros(1, requires_grad=True)
-    classifier = SentimentClassifier({w: i for i, w in enumerate(known)}, weight, bias)
-    target = (torch.arange(len(texts)) < len(positive)).float()
-    optimizer = torch.optim.Adagrad([weight, bias], lr=0.3)
-    for _ in tqdm(range(epochs), "training a sentiment classifier"):
-        for rows in np.array_split(rng.permutation(len(texts)), max(1, len(texts) // 256)):
-            logits = classifier.logits([snippet(texts[i], rng) for i in rows])
-            optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(logits, target[rows]).backward()
-            optimizer.step()
-    return replace(classifier, weight=weight.detach(), bias=bias.detach())
-
-
-def snippet(words: list[str], rng: np.random.Generator) -> list[str]:
-    n = len(words) if rng.random() < 0.25 else int(rng.integers(8, 65))
-    start = int(rng.integers(0, max(1, len(words) - n + 1)))
-    return words[start : start + n]
-
-
-def imdb_rewards(reviews: dict[str, list[str]]) -> tuple[SentimentClassifier, float]:
-    """r*, trained on the training reviews, and its accuracy on the test reviews."""
-    reward = train_classifier(reviews["train/pos"], reviews["train/neg"])
-    right = torch.cat((reward(reviews["test/pos"]) > 0, reward(reviews["test/neg"]) < 0))
-    return reward, right.float().mean().item()
-
-
-def load_imdb(reviews: dict, rewards: tuple, sizes: Sizes, seed: int, tokens) -> Dataset:
+def load_imdb(reviews: dict, reward: Path, sizes: Sizes, seed: int, tokens) -> Dataset:
     """Training reviews for pi_ref, and test reviews for prompts. A tenth of the latter is held out.
 
-    reviews and rewards: the results of `read_imdb` and `imdb_rewards`.
+    reviews: as `read_imdb` returns them. reward: the file that beyond/reward.py writes.
     """
     rng = random.Random(seed)
     sft_texts = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
@@ -242,9 +185,8 @@ def load_imdb(reviews: dict, rewards: tuple, sizes: Sizes, seed: int, tokens) ->
     n = len(texts) // 10
     parts = sft_texts[: sizes.reviews], texts[n:], texts[:n]
     split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
-    reward, accuracy = rewards
-    notes = {"classifier_accuracy": accuracy}
-    return Dataset(**split, reward=reward, notes=notes)
+    found = json.loads(reward.read_text("utf-8"))
+    return Dataset(**split, reward=WordReward(found["weight"], found["bias"], divide=True))
 
 
 # -------------------------------------------------- tokens, openings and prompts
@@ -286,12 +228,7 @@ def split_reviews(tokenizer, sft_texts, prompt_texts, eval_texts, sizes: Sizes, 
         raise ValueError(f"too few reviews fit in --context {sizes.context}: {found}")
     if len(prompts) < sizes.prompts:
         print(f"there are only {found}")
-    return {
-        "sft_texts": sft,
-        "prompts": prompts[: sizes.prompts],
-        "eval_prompts": eval_prompts,
-        "unseen_texts": held_out[:1000],
-    }
+    return {"sft_texts": sft, "prompts": prompts[: sizes.prompts], "eval_prompts": eval_prompts}
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
@@ -330,26 +267,27 @@ Completions = tuple[Tensor, Tensor, Tensor]  # ids, mask, logps (P K, T), as `mo
 
 
 def label_pairs(
-    completions: Completions, rewards: Tensor, labels: str, which: str, seed: int
+    completions: Completions, rewards: Tensor, labels: str, seed: int
 ) -> tuple[Preferences, dict[str, int]]:
-    """Preferences between the K completions of each prompt, labelled by their rewards (P, K).
+    """All pairs of the K completions of each prompt, labelled by their rewards (P, K).
 
     labels: "bt" draws y_w from Bradley-Terry (Eq. 1). "soft" contains both orders, weighted by
         their probability. "argmax" prefers the higher reward, as the paper does; ties are dropped.
-    which: "all" pairs, or "best-worst", one pair for each prompt, labelled by argmax.
 
     Pairs of identical completions are dropped. Returns the preferences, and the numbers of pairs
     formed, of ties, and of identical completions.
     """
     ids, mask, logps = completions
-    pairs = form_pairs(rewards, which)
+    P, K = rewards.shape
+    columns = torch.tensor(list(combinations(range(K), 2)))
+    pairs = (columns + K * torch.arange(P)[:, None, None]).flatten(0, 1)  # (n, 2) rows
     first, second = pairs.T
     r = rewards.flatten()
     p = bradley_terry(r[first], r[second])
     different = (ids[first] != ids[second]).any(1)
     tie = different & (r[first] == r[second])
     weight, keep = torch.ones(len(pairs)), different
-    if which == "best-worst" or labels == "argmax":
+    if labels == "argmax":
         pairs = torch.where((r[first] < r[second])[:, None], pairs.flip(1), pairs)
         keep = different & ~tie
     elif labels == "soft":
@@ -360,20 +298,10 @@ def label_pairs(
         pairs = torch.where((u >= p)[:, None], pairs.flip(1), pairs)
 
     rows, pairs = pairs[keep].unique(return_inverse=True)  # only rows that belong to a pair
-    _, prompt = (rows // rewards.size(1)).unique(return_inverse=True)
+    _, prompt = (rows // K).unique(return_inverse=True)
     preferences = Preferences(ids[rows], mask[rows], logps[rows], prompt, pairs, weight[keep])
     counts = {"pairs": keep[: len(different)], "ties": tie, "identical": ~different}
     return preferences, {name: int(which.sum()) for name, which in counts.items()}
-
-
-def form_pairs(rewards: Tensor, which: str) -> Tensor:
-    """The rows of both completions of each pair, (n, 2), from rewards (P, K)."""
-    P, K = rewards.shape
-    if which == "best-worst":
-        columns = torch.stack((rewards.argmax(1), rewards.argmin(1)), 1)[:, None]  # (P, 1, 2)
-    else:
-        columns = torch.tensor(list(combinations(range(K), 2))).expand(P, -1, 2)
-    return (columns + K * torch.arange(P)[:, None, None]).flatten(0, 1)
 
 
 def decode_rows(ids: Tensor, mask: Tensor, tokenizer: tiktoken.Encoding) -> list[str]:

@@ -166,44 +166,40 @@ def sample(
         raise ValueError(f"a prompt needs 1 to {context - 1} tokens, not {lengths.max()}")
     ids = torch.tensor([x + [end] * (context - len(x)) for x in prompts], device=pi.device)
     logps = torch.zeros(ids.shape, device=pi.device)
-    rows = torch.arange(len(prompts), device=pi.device)  # the rows that have not ended
+    rows = torch.arange(len(prompts), device=pi.device)  # those that have not ended
     cache, new = pi.new_cache(len(prompts)), ids[:, :start]
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=pi.device)
 
     # All rows start where the shortest prompt ends. A row that is still inside its prompt takes the
     # prompt's next token instead of a sampled one, so no row needs padding on the left.
     for t in range(start, context):
-        h = pi.hidden(new, cache, t - new.size(1))[:, -1]
-        logits = pi.head(h).float()  # (rows, V)
-        y = draw((logits / temperature).softmax(-1), generator)  # (rows, 1)
-        new = torch.where((t < lengths[rows])[:, None], ids[rows, t, None], y)
-        ids[rows, t] = new[:, 0]
-        logps[rows, t] = logits.gather(1, new)[:, 0] - logits.logsumexp(1)
+        logits = pi.head(pi.hidden(new, cache, t - new.size(1))[:, -1]).float()  # (rows, V)
+        y = draw((logits / temperature).softmax(-1), generator)  # (rows,)
+        y = y.masked_fill(ended, end)
+        in_prompt = t < lengths[rows]
+        y = torch.where(in_prompt, ids[rows, t], y)
+        ids[rows, t] = y
+        new = y[:, None]
+        logps[rows, t] = logits.gather(1, new)[:, 0] - logits.logsumexp(-1)
+        ended |= ~in_prompt & (y == end)
         if t % 8 == 0:  # drop rows that have ended; not at every token, as that copies the cache
-            _, ended = response_mask(ids[rows, : t + 1], lengths[rows], end)
             going = (~ended).nonzero()[:, 0]
             if len(going) == 0:
                 break
-            rows, new, cache = rows[going], new[going], cache.index_select(2, going)
+            rows, new, ended = rows[going], new[going], ended[going]
+            cache = cache.index_select(2, going)
 
-    mask, _ = response_mask(ids, lengths, end)
-    after = mask.cumsum(1) == mask.sum(1, keepdim=True)
-    ids = ids.masked_fill(after & ~mask, end)
+    response = torch.arange(context, device=pi.device) >= lengths[:, None]
+    ends = response & (ids == end)
+    mask = response & (ends.cumsum(1) - ends.long() == 0)  # through the first end token
     return ids.cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()
 
 
 def draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index for each row of probabilities (B, V), by inverting their cumulative sum: (B, 1).
+    """One index for each row of probabilities (B, V), by inverting their cumulative sum: (B,).
 
     This is much faster than `torch.multinomial`.
     """
     cdf = p.cumsum(-1)
     u = torch.rand(len(p), 1, generator=generator, device=p.device) * cdf[:, -1:]
-    return torch.searchsorted(cdf, u, right=True).clamp(max=p.size(1) - 1)
-
-
-def response_mask(ids: Tensor, lengths: Tensor, end: int) -> tuple[Tensor, Tensor]:
-    """The response mask (B, T), through the first end token, and whether there is one (B,)."""
-    in_response = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]
-    ends = in_response & (ids == end)
-    after_end = ends.cumsum(1) - ends.long() > 0
-    return in_response & ~after_end, ends.any(1)
+    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=p.size(1) - 1)

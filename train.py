@@ -7,14 +7,13 @@ How much reward does DPO gain for each nat of KL from pi_ref, and how close is t
 that any policy can do? Because r* is known, the optimum is known too.
 """
 
-import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from lib import cli, evaluate, report
 from lib.checkpoint import load_gpt, read_checkpoint, resize_context, to_checkpoint
 from lib.cli import flag
 from lib.extension import find, load_loss
-from lib.inference import collate, fast_response_logps, generate, score, training_seconds
+from lib.inference import collate, fast_response_logps, generate, with_ref_logps
 from lib.io import BadInput, cache_dir, download, open_user_file
 from lib.optim import OPTIMIZERS, linear_warmup_decay, random_batches
 from lib.stage import Stage
@@ -32,65 +31,75 @@ from model import GPT, GPTConfig
 
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
-PI_REF = str(Path(__file__).parent / "lib" / "pi_ref.pt")  # trained by beyond/pretrain.py
+PI_REF = str(Path(__file__).parent / "lib" / "pi_ref.pt")  # made by beyond/pretrain.py
+REWARD = Path(__file__).parent / "lib" / "imdb_reward.json"  # made by beyond/reward.py
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings: defaults for the toy dataset, and for `imdb` and `own` where they differ."""
+    """Settings, with the defaults of the toy dataset."""
 
     # fmt: off
     data: str = flag("toy", "toy, imdb, or a file of your own preferences")
-    imdb: Path | None = flag(None, "the IMDb archive or its folder; downloaded if omitted")
-    init: str = flag("", "checkpoint to start from, or gpt2", imdb=PI_REF, own=PI_REF)
+    imdb: Path | None = flag(None, "the IMDb archive (downloaded)", type=cli.existing_path)
+    init: str = flag("", "checkpoint to start from, or gpt2")
     from_scratch: bool = flag(False, "use random weights, and the tokenizer of --init")
     loss: str = flag("dpo", "a loss of beyond/losses.py, or FILE.py:FUNCTION")
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
     pairs: str = flag("all", "which pairs of a prompt", choices=("all", "best-worst"))
-    beta: tuple = flag((0.5, 1.0, 2.0), "KL penalty", 1e-4, 1e4, imdb=(0.1, 0.3, 1.0), own=(0.1,))
-    seed: int = flag(0, "random seed", 0, 2**32 - 1)
-    context: int = flag(24, "tokens of prompt and response together", 8, 65536, imdb=48, own=256)
-    n_layer: int = flag(2, imdb=4, own=4)
-    n_head: int = flag(4, imdb=6, own=6)
-    n_embd: int = flag(64, imdb=192, own=192)
-    reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1, 10**7, imdb=75_000)
-    sft_steps: int | None = flag(600, "steps of SFT; own: 3 epochs", 0, 10**7, imdb=0, own=None,
-                                 imdb_from_scratch=3000)
-    sft_batch_size: int = flag(32, own=16)
-    prompts: int = flag(10_000, "prompts to collect preferences on", 1, 10**7, imdb=1600)
-    completions: int = flag(4, "completions per prompt", 2, 16, imdb=16)
+    beta: tuple = flag((0.5, 1.0, 2.0), "KL penalty", 1e-4)
+    seed: int = flag(0, "random seed", 0)
+    context: int = flag(24, "tokens of prompt and response together", 8)
+    n_layer: int = flag(2)
+    n_head: int = flag(4)
+    n_embd: int = flag(64)
+    reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1)
+    sft_steps: int | None = flag(600, "steps of SFT; own: 3 epochs", 0)
+    sft_batch_size: int = flag(32)
+    prompts: int = flag(10_000, "prompts to collect preferences on", 1)
+    completions: int = flag(4, "completions per prompt", 2)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1", 1e-12, 1e12, imdb=2e-4, own=5e-4)
-    epochs: int | None = flag(1, "DPO epochs; own: at least 100 steps", 1, 10**4, own=None)
-    batch_size: int = flag(64, "prompts per DPO step", 1, 10**7, imdb=4, own=16)
-    eval_prompts: int = flag(100, "evaluation prompts", 2, 10**5, imdb=64, own=64)
-    ref_samples: int = flag(512, "samples of pi_ref per prompt", 16, 10**4, own=16)
-    eval_samples: int = flag(96, "samples of pi_theta per prompt", 1, 10**4, imdb=48, own=4)
+    lr: float = flag(0.009, "peak learning rate at beta 1", 1e-12)
+    epochs: int | None = flag(1, "DPO epochs; own: at least 100 steps", 1)
+    batch_size: int = flag(64, "prompts per DPO step", 1)
+    eval_prompts: int = flag(100, "evaluation prompts", 2)
+    ref_samples: int = flag(512, "samples of pi_ref per prompt", 16)
+    eval_samples: int = flag(96, "samples of pi_theta per prompt", 1)
     # fmt: on
 
+
+SIZE = {"n_layer": 4, "n_head": 6, "n_embd": 192}
+PRESETS = {
+    "imdb": SIZE
+    | {"init": PI_REF, "beta": (0.1, 0.3, 1.0), "context": 48, "reviews": 75_000, "sft_steps": None}
+    | {"prompts": 1600, "completions": 16, "lr": 8e-5, "batch_size": 4}
+    | {"eval_prompts": 64, "ref_samples": 384, "eval_samples": 40},
+    "own": SIZE
+    | {"init": PI_REF, "beta": (0.1,), "context": 256, "sft_steps": None, "sft_batch_size": 16}
+    | {"lr": 1e-4, "epochs": None, "batch_size": 16}
+    | {"eval_prompts": 64, "ref_samples": 16, "eval_samples": 4},
+}
 
 # -------------------------------------------------- 1. the dataset
 
 
 def load_dataset(cfg: Config, stage: Stage, tokens: list[bytes] | None) -> data.Dataset:
     """The toy reviews, IMDb's, or preferences from a file. Raises BadInput if they are unusable."""
-    reviews = 0 if cfg.sft_steps == 0 else cfg.reviews
+    reviews = 0 if sft_settings(cfg)[0] == 0 else cfg.reviews
     sizes = data.Sizes(cfg.prompts, cfg.eval_prompts, cfg.context, reviews)
-    if cfg.data == "toy":
-        with open_user_file(Path("toy"), "a dataset"):
-            return stage("dataset", data.load_toy, sizes, cfg.seed, tokens)
-    if cfg.data != "imdb":
+    if cfg.data not in ("toy", "imdb"):
         load_pairs = find("load_pairs", "beyond.custom_data")
         return stage("dataset", load_pairs, Path(cfg.data), sizes, cfg.seed, tokens)
-    shared = Stage(cache_dir() / "imdb", stage.plan)  # used by all runs
-    archive = load_archive(cfg.imdb, shared)
-    rewards = shared("rewards", data.imdb_rewards, archive)
-    with open_user_file(cfg.imdb or Path("imdb"), "a dataset"):
-        return stage("dataset", data.load_imdb, archive, rewards, sizes, cfg.seed, tokens)
+    load, source = data.load_toy, ()
+    if cfg.data == "imdb":
+        reviews = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
+        load, source = data.load_imdb, (reviews, REWARD)
+    with open_user_file(Path(cfg.data), "a dataset"):
+        return stage("dataset", load, *source, sizes, cfg.seed, tokens)
 
 
-def load_archive(path: Path | None, stage: Stage) -> dict[str, list[str]]:
+def load_reviews(path: Path | None, stage: Stage) -> dict[str, list[str]]:
     """The reviews of IMDb, which are downloaded if there is no path."""
     path = path or download(IMDB_URL, cache_dir() / "aclImdb_v1.tar.gz", IMDB_MD5)
     with open_user_file(path, "the IMDb archive"):
@@ -115,22 +124,30 @@ def initial_model(cfg: Config) -> dict:
     return to_checkpoint(GPT(config), tokens)
 
 
+def sft_settings(cfg: Config) -> tuple[int | None, int, float]:
+    """Steps, batch size and learning rate of fine-tuning."""
+    random = cfg.from_scratch or not cfg.init
+    ready = cfg.data == "imdb" and cfg.init == PI_REF and not random  # it was trained on IMDb
+    steps = 0 if ready and cfg.sft_steps is None else cfg.sft_steps
+    return steps, cfg.sft_batch_size, 6e-3 if random else 5e-4
+
+
+def sft_steps(n: int, steps: int | None, batch_size: int) -> int:
+    """None stands for three epochs over n texts, but 50 to 3,000 steps."""
+    return min(3000, max(50, 3 * n // batch_size)) if steps is None else steps
+
+
 def sft(checkpoint: dict, texts: list[list[int]], steps: int | None, batch_size: int, lr: float,
         seed: int, device: torch.device) -> dict:  # fmt: skip
-    """Fine-tune a model on texts: AdamW on the mean cross-entropy per token. Returns pi_ref.
-
-    steps: None for three epochs, and at least 50 steps.
-    """
-    if steps is None:
-        steps = max(50, 3 * len(texts) // batch_size)
+    """Fine-tune a model on texts: AdamW on the mean cross-entropy per token. Returns pi_ref."""
+    steps = sft_steps(len(texts), steps, batch_size)
     pi = load_gpt(checkpoint, device)
     weights = [p for name, p in pi.named_parameters() if name != "bias"]  # which is for DPO
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(steps))
-    rng = np.random.default_rng(seed)
-    epochs = (random_batches(len(texts), batch_size, rng) for _ in itertools.count())
-    batches = itertools.islice(itertools.chain.from_iterable(epochs), steps)
-    bar = tqdm(batches, "fine-tuning pi_ref", steps, disable=steps == 0)
+    epochs = math.ceil(steps * batch_size / max(1, len(texts)))
+    batches = random_batches(len(texts), batch_size, epochs, seed)[:steps]
+    bar = tqdm(batches, "fine-tuning pi_ref", disable=steps == 0)
     for batch in bar:
         ids, mask = collate([texts[i] for i in batch], [1] * len(batch))
         loss = -fast_response_logps(pi, ids.to(device), mask.to(device)).sum() / mask.sum()
@@ -148,61 +165,65 @@ def sft(checkpoint: dict, texts: list[list[int]], steps: int | None, batch_size:
 
 
 def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device: torch.device):
-    """K completions of pi_ref for each prompt: ids, mask, logps (P K, T), and rewards (P, K)."""
+    """K completions of pi_ref for each prompt: (ids, mask, logps) (P K, T), and rewards (P, K)."""
     pi_ref = load_gpt(reference, device)
     tokenizer = data.load_tokenizer(reference["tokens"])
     prompts = [x for x in dataset.prompts for _ in range(K)]
-    completions = generate(pi_ref, prompts, tokenizer.eot_token, seed, "sampling completions")
-    texts = data.decode_rows(*completions[:2], tokenizer)
-    return {"completions": completions, "rewards": dataset.reward(texts).view(-1, K)}
+    ids, mask, logps = generate(pi_ref, prompts, tokenizer.eot_token, seed, "sampling completions")
+    rewards = dataset.reward(data.decode_rows(ids, mask, tokenizer)).view(-1, K)
+    return (ids, mask, logps), rewards
 
 
 # -------------------------------------------------- 4. DPO
 
 
-def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, optimizer: str,
-              lr: float, epochs: int | None, batch_size: int, dataset: data.Dataset,
-              eval_set: evaluate.EvalSet, seed: int, device: torch.device) -> dict:  # fmt: skip
+@dataclass(frozen=True)
+class Training:
+    """How one policy is trained."""
+
+    optimizer: str
+    lr: float  # the peak
+    epochs: int | None  # None for one epoch, or as many as it takes to reach 100 steps
+    batch_size: int  # prompts
+    seed: int
+
+    def batches(self, preferences: dpo.Preferences) -> list[torch.Tensor]:
+        """The prompts of each step."""
+        n = int(preferences.prompt.max()) + 1
+        epochs = self.epochs or math.ceil(100 / math.ceil(n / self.batch_size))
+        return random_batches(n, self.batch_size, epochs, self.seed)
+
+
+def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how: Training,
+              look: Callable[..., dict] | None, device: torch.device) -> dict:  # fmt: skip
     """Train pi_theta from pi_ref. Returns its checkpoint, with all steps' metrics as "curves".
 
-    Ten times during training, it also records metrics of held-out pairs and of fresh samples. At
-    four of these times, it prints two samples.
-    epochs: None for one epoch, or as many as it takes to reach 100 steps.
+    Ten times during training, the result of look(pi_theta, pi_ref, loss) is added to the metrics.
+    If it has samples, they are printed at four of these times.
     """
     if not len(preferences.pairs):
         raise BadInput("there are no pairs: the completions of each prompt are equally good")
     pi_theta, pi_ref = load_gpt(reference, device), load_gpt(reference, device)
-    tokenizer = data.load_tokenizer(reference["tokens"])
-    batches = make_batches(preferences, epochs, batch_size, seed)
-    steps = len(batches)
-    print(f"{steps:,} optimizer steps of up to {batch_size} prompts")
-    opt = OPTIMIZERS[optimizer](pi_theta.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, linear_warmup_decay(steps))
-    args = pi_theta, preferences, loss, opt, map(torch.from_numpy, batches)
+    batches = how.batches(preferences)
+    steps, curves = len(batches), []
+    print(f"{steps:,} optimizer steps of up to {how.batch_size} prompts")
+    optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(steps))
+    args = pi_theta, preferences, loss, optimizer, batches
     bar = tqdm(dpo.train(*args, logps_fn=fast_response_logps), "training", steps)
-    curves = []
     for step, metrics in enumerate(bar, 1):
         schedule.step()
         row = {name: value.item() for name, value in metrics.items()}
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             raise BadInput(f"training diverged at step {step}: lower --lr")
-        tenths = step * 10 // steps
-        if tenths > (step - 1) * 10 // steps:
-            seen = pi_theta, pi_ref, loss, dataset, eval_set, tokenizer, seed
-            found, row["samples"] = evaluate.monitor(*seen)
-            row |= found
-            if tenths % 3 == 1:
-                bar.write("\n".join(f"{step / steps:4.0%} | {text}" for text in row["samples"]))
+        tenth = step * 10 // steps
+        if look and tenth > (step - 1) * 10 // steps:
+            row |= look(pi_theta, pi_ref, loss)
+            for text in row.get("samples", []) if tenth % 3 == 1 else []:
+                bar.write(f"{step / steps:4.0%} | {text}")
         curves.append(row)
         bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**row), False)
     return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
-
-
-def make_batches(preferences: dpo.Preferences, epochs: int | None, batch_size: int, seed: int):
-    """The prompts of each step."""
-    n, rng = int(preferences.prompt.max()) + 1, np.random.default_rng(seed)
-    epochs = epochs or math.ceil(100 / math.ceil(n / batch_size))
-    return [batch for _ in range(epochs) for batch in random_batches(n, batch_size, rng)]
 
 
 # -------------------------------------------------- the experiment
@@ -211,66 +232,47 @@ def make_batches(preferences: dpo.Preferences, epochs: int | None, batch_size: i
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
     """The experiment. Writes the report after each beta, and returns what is in results.json."""
     loss = load_loss(cfg.loss, cfg.loss_args)
+    labels = "argmax" if cfg.pairs == "best-worst" else cfg.labels
     seed, start = cfg.seed, initial_model(cfg)
     dataset = load_dataset(cfg, stage, start["tokens"])
-    if not stage.plan and cfg.data not in ("toy", "imdb"):
-        seconds = training_seconds(start, tokens_to_train(cfg, dataset), device)
-        print(f"training takes about {seconds / 60:.1f} minutes if no stage is cached")
-    lr = 5e-4 if cfg.init and not cfg.from_scratch else 6e-3
-    args = dataset.sft_texts, cfg.sft_steps, cfg.sft_batch_size, lr, seed, device
-    reference = stage("reference", sft, start, *args)
+    if dataset.pairs:
+        print(find("expected_time", "beyond.custom_data")(cfg, dataset, start, device))
+    reference = stage("reference", sft, start, dataset.sft_texts, *sft_settings(cfg), seed, device)
 
     eval_pairs, counts = None, {}
-    if cfg.data in ("toy", "imdb"):
-        made = stage("completions", complete, reference, dataset, cfg.completions, seed, device)
-        args = made["completions"], made["rewards"], cfg.labels, cfg.pairs, seed
-        preferences, counts = stage("preferences", data.label_pairs, *args)
+    if dataset.pairs:
+        preferences = stage("preferences", with_ref_logps, dataset.pairs, reference, device)
+        eval_pairs = stage("eval_pairs", with_ref_logps, dataset.eval_pairs, reference, device)
     else:
-        preferences = stage("preferences", score, dataset.pairs, reference, device)
-        eval_pairs = stage("eval_pairs", score, dataset.eval_pairs, reference, device)
-
-    sizes = cfg.ref_samples, min(cfg.eval_samples, cfg.ref_samples), cfg.completions
-    labels = "argmax" if cfg.pairs == "best-worst" else cfg.labels  # which decide on an optimum
-    ev = evaluate.EvalConfig(*sizes, labels, seed)
+        made = stage("completions", complete, reference, dataset, cfg.completions, seed, device)
+        if cfg.pairs == "best-worst":
+            made = find("best_worst", "beyond.pairs")(*made)
+        preferences, counts = stage("preferences", data.label_pairs, *made, labels, seed)
+    samples = min(cfg.eval_samples, cfg.ref_samples)
+    ev = evaluate.EvalConfig(cfg.ref_samples, samples, cfg.completions, labels, seed)
     eval_set = stage("eval_set", evaluate.make_eval_set, dataset, eval_pairs, reference, ev, device)
 
+    watched = {"dataset": dataset, "eval_set": eval_set, "tokens": start["tokens"], "seed": seed}
+    look = partial(find("monitor", "beyond.monitor"), **watched)
     runs, results = {}, {}
     for beta in cfg.beta:
         lr = cfg.lr * beta**-1.25  # the optimum's log-ratios grow as beta falls
-        how = cfg.optimizer, lr, cfg.epochs, cfg.batch_size, dataset, eval_set, seed, device
-        goal = partial(loss, beta=beta)
-        policy = stage(f"dpo-{beta:g}", train_dpo, reference, preferences, goal, *how)
-        args = policy, reference, dataset, eval_set, beta, ev, device
-        runs[beta] = policy, stage(f"eval-{beta:g}", evaluate.evaluate_policy, *args)
-        if not stage.plan:
-            config = vars(cfg) | {"init": Path(cfg.init).name, "imdb": cfg.imdb and cfg.imdb.name}
-            about = {"config": config, "labels": {"pairs": len(preferences.pairs)} | counts}
-            about |= {"notes": dataset.notes, "seconds": stage.seconds}
-            about |= {"machine": cli.machine(device)}
-            results = about | report.results(cfg, dataset, eval_set, start["tokens"], runs)
-            report.write_report(stage.folder, results)
+        how = Training(cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
+        args = preferences, partial(loss, beta=beta), how, look, device
+        policy = stage(f"dpo-{beta:g}", train_dpo, reference, *args)
+        args = reference, dataset, eval_set, beta, ev, device
+        runs[beta] = policy, stage(f"eval-{beta:g}", evaluate.evaluate_policy, policy, *args)
+        results = report.results(cfg, dataset, eval_set, start["tokens"], runs)
+        results["labels"] = {"pairs": len(preferences.pairs)} | counts
+        results |= {"seconds": stage.seconds, "machine": cli.machine(device)}
+        report.write_report(stage.folder, results)
     return results
 
 
-def tokens_to_train(cfg: Config, dataset: data.Dataset) -> int:
-    """The approximate number of tokens in all training steps on the user's own preferences."""
-    texts, pairs = dataset.sft_texts, dataset.pairs
-    sft_epochs = max(3, 50 * cfg.sft_batch_size / len(texts))
-    if cfg.sft_steps is not None:
-        sft_epochs = cfg.sft_steps * cfg.sft_batch_size / len(texts)
-    steps = make_batches(pairs, cfg.epochs, cfg.batch_size, cfg.seed)
-    dpo_epochs = len(cfg.beta) * sum(map(len, steps)) / (int(pairs.prompt.max()) + 1)
-    row_lengths = (pairs.mask * torch.arange(1, pairs.mask.size(1) + 1)).amax(1)
-    return int(sft_epochs * sum(map(len, texts)) + dpo_epochs * row_lengths.sum())
-
-
 def main(argv: list[str]) -> int:
-    args, cfg = cli.parse("train.py", __doc__, Config, argv)
+    args, cfg = cli.parse("train.py", __doc__, Config, PRESETS, argv)
 
     def work() -> str:
-        plan = Stage(args.out, plan=True)
-        run(cfg, plan, args.device)
-        print(plan.describe())
         results = run(cfg, Stage(args.out), args.device)
         see = f"see {args.out / 'figure.png'}; next: python -m beyond.sample {args.out}"
         return f"{report.summary(results)}\n{see}, or another --loss or --beta"

@@ -33,10 +33,9 @@ from data import Dataset
 from dpo import Preferences
 from lib.checkpoint import load_gpt
 from lib.cli import flag
-from lib.evaluate import EvalSet
 from lib.inference import compute_logps
 from lib.io import BadInput
-from lib.report import BLUE, ORANGE
+from beyond.page import BLUE, ORANGE
 from lib.stage import Stage
 
 PER_TOKEN = 0.3  # nats that the labels of `verbosity` add per token
@@ -49,7 +48,7 @@ STUDIES = ("noise", "certainty", "verbosity", "displacement", "epochs", "coverag
 class Config(compare.Config):
     """compare.py's settings."""
 
-    rounds: int = flag(8, "epochs of the studies of many epochs", 1, 64)
+    rounds: int = flag(8, "epochs of the studies of many epochs", 1)
     studies: tuple = flag(STUDIES, "studies to run", choices=STUDIES)
     methods: tuple = flag(())  # no flag
     times: float = flag(1.0)
@@ -152,13 +151,8 @@ def train_epochs(
     reference: dict,
     preferences: Preferences,
     loss: dpo.Loss,
-    optimizer: str,
-    lr: float,
-    batch_size: int,
-    dataset: Dataset,
-    eval_set: EvalSet,
+    how: train.Training,
     rounds: int,
-    seed: int,
     device: torch.device,
 ) -> dict:
     """Several epochs over the same pairs, each with its own schedule, as for fresh pairs.
@@ -167,8 +161,8 @@ def train_epochs(
     """
     policy, policies, A, B = reference, [], [0.0], [0.0]
     for k in range(rounds):
-        how = optimizer, lr, 1, batch_size, dataset, eval_set, seed + k, device
-        policy = train.train_dpo(policy, preferences, loss, *how)
+        epoch = dataclasses.replace(how, epochs=1, seed=how.seed + k)
+        policy = train.train_dpo(policy, preferences, loss, epoch, None, device)
         policies.append(policy)
         logps = compute_logps(load_gpt(policy, device), preferences.ids, preferences.mask)
         for means, ratios in zip((A, B), losses.log_ratios(logps, preferences), strict=True):
@@ -180,33 +174,28 @@ def train_online(
     reference: dict,
     preferences: Preferences,
     loss: dpo.Loss,
-    optimizer: str,
-    lr: float,
-    batch_size: int,
+    how: train.Training,
     dataset: Dataset,
-    eval_set: EvalSet,
     beta: float,
     K: int,
     rounds: int,
-    seed: int,
     device: torch.device,
 ) -> dict:
     """Several epochs over the same prompts, which pi_theta completes again before each."""
     policy, policies = reference, []
     for k in range(rounds):
-        args = preferences, policy, reference, dataset, K, beta, 1000 * seed + k, device
+        args = preferences, policy, reference, dataset, K, beta, 1000 * how.seed + k, device
         fresh = compare.online(compare.make_round(*args))
-        how = optimizer, lr, 1, batch_size, dataset, eval_set, seed + k, device
-        policy = train.train_dpo(policy, fresh, loss, *how)
+        epoch = dataclasses.replace(how, epochs=1, seed=how.seed + k)
+        policy = train.train_dpo(policy, fresh, loss, epoch, None, device)
         policies.append(policy)
     return {"policies": policies}
 
 
 def over_epochs(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float) -> dict:
     """The stage of `train_epochs`."""
-    cfg = e.cfg
-    args = cfg.optimizer, lr * cfg.lr, cfg.batch_size, e.dataset, e.eval_set, cfg.rounds
-    return stage(name, train_epochs, e.reference, preferences, loss, *args, cfg.seed, e.device)
+    args = preferences, loss, common.training(e.cfg, lr), e.cfg.rounds, e.device
+    return stage(name, train_epochs, e.reference, *args)
 
 
 def walks(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> dict[str, dict]:
@@ -217,7 +206,7 @@ def walks(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> di
     for name, more in hyper.items():
         path = over_epochs(stage, e, f"{study}-{name}", labelled, *loss_and_lr(name, 0, **more))
         point = common.evaluated(stage, f"{study}-{name}", e, path["policies"][-1])
-        found[name] = point if stage.plan else point | {"A": path["A"], "B": path["B"]}
+        found[name] = point | {"A": path["A"], "B": path["B"]}
     return found
 
 
@@ -234,18 +223,17 @@ def epochs(stage: Stage, e: Experiment) -> dict[str, dict]:
     cfg, (loss, lr) = e.cfg, loss_and_lr("dpo", 1)
     few = stage("first-tenth", first_tenth, e.preferences)
     args = (
-        cfg.optimizer,
-        lr * cfg.lr,
-        cfg.batch_size,
+        few,
+        loss,
+        common.training(cfg, lr),
         e.dataset,
-        e.eval_set,
         0.5,
         cfg.completions,
         cfg.rounds,
+        e.device,
     )
     paths = {"offline": over_epochs(stage, e, "epochs-offline", few, loss, lr)}
-    args = *args, cfg.seed, e.device
-    paths["online"] = stage("epochs-online", train_online, e.reference, few, loss, *args)
+    paths["online"] = stage("epochs-online", train_online, e.reference, *args)
     found = {}
     for name, path in paths.items():
         for k in (2**i for i in range(cfg.rounds.bit_length())):
@@ -294,15 +282,13 @@ RUN: dict[str, Callable] = {
 }
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict] | None:
+def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
     """The studies. Returns results.json and one figure."""
     e = common.prepare(cfg, stage, device)
     found = {}
     for name in (name for name in cfg.studies if name in RUN):
         found[name] = RUN[name](stage, e)
     exact = stage("coverage", coverage) if "coverage" in cfg.studies else None
-    if stage.plan:
-        return None
     rows = [
         {"study": study, "method": method}
         | common.kept(p)
@@ -447,7 +433,7 @@ DRAW = {
 
 
 def main(argv: list[str]) -> int:
-    return common.command("ablations.py", __doc__, Config, argv, run, table)
+    return common.command("ablations.py", __doc__, Config, train.PRESETS, argv, run, table)
 
 
 if __name__ == "__main__":

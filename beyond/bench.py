@@ -34,7 +34,6 @@ import torch
 from tqdm import tqdm
 
 import dpo
-from data import form_pairs
 from lib import cli
 from lib.io import atomic_write
 from lib.inference import fast_response_logps
@@ -72,7 +71,8 @@ def random_preferences(config: GPTConfig, prompts: int) -> dpo.Preferences:
     ids = torch.where(place < x, ids[rows // K * K], ids)  # completions share their prompt
     ids[place >= x + y - 1] = end
     mask = (place >= x) & (place < x + y)
-    pairs = form_pairs(torch.zeros(prompts, K), "all")
+    pairs = torch.tensor(list(itertools.combinations(range(K), 2)))
+    pairs = (pairs + K * torch.arange(prompts)[:, None, None]).flatten(0, 1)
     with torch.no_grad():
         ref_logps = dpo.response_logps(random_gpt(config, seed=1), ids, mask)
     return dpo.Preferences(ids, mask, ref_logps, rows // K, pairs, torch.ones(len(pairs)))

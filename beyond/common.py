@@ -69,17 +69,14 @@ def prepare(cfg: train.Config, stage: Stage, device: torch.device) -> Experiment
         raise BadInput(f"--data {cfg.data}: this needs a known reward; use toy or imdb")
     seed, reference = cfg.seed, train.initial_model(cfg)
     dataset = train.load_dataset(cfg, stage, reference["tokens"])
-    lr = 5e-4 if cfg.init and not cfg.from_scratch else 6e-3
-    args = dataset.sft_texts, cfg.sft_steps, cfg.sft_batch_size, lr, seed, device
+    args = dataset.sft_texts, *train.sft_settings(cfg), seed, device
     reference = stage("reference", train.sft, reference, *args)
     made = stage("completions", train.complete, reference, dataset, cfg.completions, seed, device)
-    args = made["completions"], made["rewards"], cfg.labels, cfg.pairs, seed
-    preferences, counts = stage("preferences", label_pairs, *args)
+    preferences, counts = stage("preferences", label_pairs, *made, cfg.labels, seed)
     sizes = cfg.ref_samples, min(cfg.eval_samples, cfg.ref_samples), cfg.completions
     ev = EvalConfig(*sizes, cfg.labels, seed)
     eval_set = stage("eval_set", evaluate.make_eval_set, dataset, None, reference, ev, device)
     lengths = stage("ref_lengths", reference_lengths, dataset, reference, ev, device)
-    made = made["completions"], made["rewards"]
     return Experiment(
         cfg, device, dataset, reference, *made, preferences, counts, eval_set, lengths, ev
     )
@@ -108,10 +105,14 @@ def train_on_pairs(
     epochs: int | None = None,
 ) -> dict:
     """The stage of `train.train_dpo` with any loss, from pi_ref. lr: in units of --lr."""
-    cfg = e.cfg
-    how = cfg.optimizer, lr * cfg.lr, epochs or cfg.epochs, cfg.batch_size
-    args = *how, e.dataset, e.eval_set, cfg.seed, e.device
-    return stage(name, train.train_dpo, e.reference, preferences, loss, *args)
+    how = training(e.cfg, lr, epochs)
+    return stage(name, train.train_dpo, e.reference, preferences, loss, how, None, e.device)
+
+
+def training(cfg: train.Config, lr: float, epochs: int | None = None) -> train.Training:
+    """lr: in units of --lr."""
+    lr *= cfg.lr
+    return train.Training(cfg.optimizer, lr, epochs or cfg.epochs, cfg.batch_size, cfg.seed)
 
 
 def evaluated(stage: Stage, name: str, e: Experiment, policy: dict) -> dict:
@@ -293,22 +294,24 @@ def label(ax, text: str, x: float, y: float, color: str = "0.3", **more: object)
 
 
 def command(
-    prog: str, doc: str, settings: type, argv: list[str], run: Callable, table: Callable
+    prog: str,
+    doc: str,
+    settings: type,
+    presets: dict,
+    argv: list[str],
+    run: Callable,
+    table: Callable,
 ) -> int:
     """`--summary DIR DIR ...` prints the table over finished runs. Otherwise run, and print it.
 
-    run: (cfg, stage, device) -> (results, figures), or None while planning. It is called twice:
-    first to plan, then to do the work.
+    run: (cfg, stage, device) -> (results, figures).
     """
     name = prog.removesuffix(".py")
     if argv[:1] == ["--summary"]:
         return summarise(prog, [Path(folder) for folder in argv[1:]], table)
-    args, cfg = cli.parse(prog, doc, settings, ["--out", f"out/{name}", *argv])
+    args, cfg = cli.parse(prog, doc, settings, presets, ["--out", f"out/{name}", *argv])
 
     def work() -> str:
-        plan = Stage(args.out, plan=True)
-        run(cfg, plan, args.device)
-        print(plan.describe())
         stage = Stage(args.out)
         results, figures = run(cfg, stage, args.device)
         results["seconds"] = {key: round(value, 2) for key, value in stage.seconds.items()}

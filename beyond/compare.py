@@ -30,11 +30,10 @@ from beyond import common, losses, pairs
 from beyond.pairs import Ids, Reward, Sample, Score
 from data import Dataset, label_pairs
 from lib.cli import flag
-from lib.evaluate import EvalSet
 from lib.inference import compute_logps
 from lib.checkpoint import load_gpt
 from lib.io import BadInput
-from lib.report import ORANGE
+from beyond.page import ORANGE
 from lib.stage import Stage
 
 # ------------------------------------------------- where pairs come from
@@ -93,7 +92,7 @@ def rso(round: Round) -> dpo.Preferences:
     """All pairs of three samples of pi_ref, accepted of sixteen by RSO's Algorithm 1."""
     made = pairs.generate(round.prompts, 16, round.sample, round.reward)
     accepted, r = pairs.rso(*made, round.beta, 3, random.Random(round.seed))
-    preferences, _ = label_pairs(accepted, r, "bt", "all", round.seed)
+    preferences, _ = label_pairs(accepted, r, "bt", round.seed)
     return preferences
 
 
@@ -212,11 +211,11 @@ class Config(train.Config):
     loss: str = flag("dpo")  # no flag, as the next two
     loss_args: tuple = flag(())
     beta: tuple = flag(())
-    prompts: int = flag(3_000, "prompts to collect preferences on", 8, 10**7, imdb=13_000)
-    batch_size: int = flag(32, "prompts per DPO step", 1, 10**7, imdb=16)
-    eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1, 10**4)
+    prompts: int = flag(3_000, "prompts to collect preferences on", 8)
+    batch_size: int = flag(32, "prompts per DPO step", 1)
+    eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1)
     methods: tuple = flag(tuple(METHODS), "methods to run", choices=tuple(METHODS))
-    times: float = flag(1.0, "multiply the learning rate of every method", 1e-6, 1e6)
+    times: float = flag(1.0, "multiply the learning rate of every method", 1e-6)
 
 
 # ------------------------------------------------- training
@@ -225,31 +224,27 @@ class Config(train.Config):
 def train_method(
     method: Method,
     hyper: dict[str, float],
-    lr: float,
+    how: train.Training,
     reference: dict,
     preferences: dpo.Preferences,
     dataset: Dataset,
-    eval_set: EvalSet,
-    cfg: tuple[str, int, int, int],
-    seed: int,
+    K: int,
     device: torch.device,
 ) -> dict:
     """Train one method at one strength. Returns its checkpoint, with the mean z_0 of KTO.
 
-    cfg: optimizer, epochs, batch size, completions per prompt.
+    K: completions per prompt, for methods that sample.
     """
-    optimizer, epochs, batch_size, K = cfg
     policy, z_0 = reference, []
     loss = partial(method.loss, **hyper)
     if method.loss is losses.kto:
         loss = partial(recorded, loss=loss, z_0=z_0)
     P = int(preferences.prompt.max()) + 1
-    how = optimizer, lr, epochs, batch_size, dataset, eval_set, seed, device
     for k in range(method.rounds):
         given = common.subset(preferences, torch.arange(k, P, method.rounds))
-        round_seed = 1000 * seed + k
+        round_seed = 1000 * how.seed + k
         round = make_round(given, policy, reference, dataset, K, hyper["beta"], round_seed, device)
-        policy = train.train_dpo(policy, method.source(round), loss, *how)
+        policy = train.train_dpo(policy, method.source(round), loss, how, None, device)
     return policy | {"z_0": float(np.mean(z_0)) if z_0 else None}
 
 
@@ -261,8 +256,7 @@ def make_round(given, policy, reference, dataset, K, beta, seed, device) -> Roun
 
 def recorded(logps: Tensor, batch: dpo.Preferences, loss: dpo.Loss, z_0: list[float]):
     """A loss that appends KTO's reference point to `z_0`."""
-    if torch.is_grad_enabled():  # a training step, not a look at held-out pairs
-        z_0.append(losses.reference_point(logps, batch).item())
+    z_0.append(losses.reference_point(logps, batch).item())
     return loss(logps, batch)
 
 
@@ -284,23 +278,20 @@ def held_out_loss(
     return (dpo.mean_weights(held_out.weight) * values).sum().item()
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict] | None:
+def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
     """Each method at each strength. Returns results.json and the figures."""
     e = common.prepare(cfg, stage, device)
     points = []
-    how = cfg.optimizer, cfg.epochs, cfg.batch_size, cfg.completions
     for name in cfg.methods:
         method = METHODS[name]
         for i, (hyper, lr) in enumerate(zip(method.strengths(), method.lrs, strict=True)):
-            args = e.reference, e.preferences, e.dataset, e.eval_set, how, cfg.seed, device
-            lr = lr * cfg.times * cfg.lr
-            policy = stage(f"{name}-{i}", train_method, method, hyper, lr, *args)
+            how = common.training(cfg, lr * cfg.times)
+            args = e.reference, e.preferences, e.dataset, cfg.completions, device
+            policy = stage(f"{name}-{i}", train_method, method, hyper, how, *args)
             held = e.reference, e.eval_set.pairs, e.dataset, device
             loss = stage(f"held-out-{name}-{i}", held_out_loss, policy, method, hyper, *held)
             point = common.evaluated(stage, f"{name}-{i}", e, policy)
-            points.append((name, hyper, lr, policy, loss, point))
-    if stage.plan:
-        return None
+            points.append((name, hyper, how.lr, policy, loss, point))
     rows = [
         {"method": name, "hyper": hyper, "lr": lr, "held_out_loss": loss, "z_0": policy["z_0"]}
         | common.kept(point)
@@ -401,7 +392,7 @@ def title(results: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return common.command("compare.py", __doc__, Config, argv, run, table)
+    return common.command("compare.py", __doc__, Config, train.PRESETS, argv, run, table)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and a rejected response.
 
 import math
 import random
+import time
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ import torch
 from beyond.convert import convert
 from data import Dataset, Sizes, load_tokenizer
 from dpo import Preferences
-from lib.inference import collate
+from lib.checkpoint import load_gpt
+from lib.inference import collate, fast_response_logps
 from lib.io import BadInput, open_user_file
+from train import Training, sft_steps
 
 FIELDS = ("prompt", "chosen", "rejected")
 FEW = 30  # with fewer held-out pairs, accuracy says little
@@ -49,7 +52,6 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
         print(f"only {len(held)} pairs are held out: their accuracy says little")
     return Dataset(
         eval_prompts=[list(x) for x in prompts if x in held_out][: sizes.eval_prompts],
-        unseen_texts=[[*x, *y_w] for x, y_w, _ in held][:1000],
         sft_texts=[[*x, *y_w] for x, y_w, _ in train],
         pairs=to_preferences(train),
         eval_pairs=to_preferences(held),
@@ -71,3 +73,40 @@ def to_preferences(pairs: list[tuple]) -> Preferences:
     ids, mask = collate([[*x, *y] for x, y in rows], [len(x) for x, _ in rows])
     ref_logps, weight = torch.zeros(ids.shape), torch.ones(len(pairs))
     return Preferences(ids, mask, ref_logps, prompt, torch.tensor(index), weight)
+
+
+def accuracy_line(point: dict) -> str:
+    """The accuracy of a policy on the held-out pairs, with its interval."""
+    p, n = point["pair_accuracy"], point["pairs"]
+    low, high = wilson_interval(p, n)
+    interval = f"95 % interval {low:.2f} to {high:.2f}"
+    return f"beta {point['beta']:g}: held-out accuracy {p:.2f} of {n} pairs, {interval}"
+
+
+def wilson_interval(p: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion p that was seen in n cases (Wilson 1927)."""
+    z2 = 1.96**2
+    half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (p + z2 / (2 * n) - half) / (1 + z2 / n), (p + z2 / (2 * n) + half) / (1 + z2 / n)
+
+
+def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device) -> str:
+    """How long training will take, judged by one step on random tokens."""
+    pi = load_gpt(checkpoint, device)
+    ids = torch.randint(256, (32, min(pi.config.context, 64)), device=device)
+    start = time.perf_counter()
+    fast_response_logps(pi, ids, torch.arange(ids.size(1)).expand_as(ids) > 0).sum().backward()
+    seconds = (time.perf_counter() - start) / ids.numel() * tokens_to_train(cfg, dataset)
+    return f"training takes about {seconds / 60:.1f} minutes if no stage is cached"
+
+
+def tokens_to_train(cfg, dataset: Dataset) -> int:
+    """The approximate number of tokens in all training steps."""
+    texts, pairs = dataset.sft_texts, dataset.pairs
+    steps = sft_steps(len(texts), cfg.sft_steps, cfg.sft_batch_size)
+    sft_epochs = steps * cfg.sft_batch_size / len(texts)
+    how = Training(cfg.optimizer, cfg.lr, cfg.epochs, cfg.batch_size, cfg.seed)
+    dpo_epochs = sum(map(len, how.batches(pairs))) / (int(pairs.prompt.max()) + 1)
+    row_lengths = (pairs.mask * torch.arange(1, pairs.mask.size(1) + 1)).amax(1)
+    tokens = sft_epochs * sum(map(len, texts)) + len(cfg.beta) * dpo_epochs * row_lengths.sum()
+    return int(tokens)

@@ -39,8 +39,7 @@ from tqdm import tqdm
 
 import dpo
 import train
-from data import load_tokenizer
-from lib import cli, evaluate, optim, report
+from lib import cli, optim, report
 from lib.checkpoint import load_gpt
 from lib.io import BadInput
 from lib.extension import load_loss
@@ -55,10 +54,10 @@ OPTIMIZERS = optim.OPTIMIZERS | {"sgd": partial(torch.optim.SGD, momentum=0.9)}
 class Settings(train.Config):
     """Those of train.py, and four that change results by rounding only."""
 
-    checkpoint_every: int = cli.flag(100, "DPO steps between distributed checkpoints", 1, 10**9)
+    checkpoint_every: int = cli.flag(100, "DPO steps between distributed checkpoints", 1)
     checkpoint_activations: bool = cli.flag(False, "recompute activations in the backward pass")
     compile: bool = cli.flag(False, "compile each block with torch.compile")
-    replicate: int = cli.flag(1, "copies of the sharded model, for instance one per node", 1, 10**6)
+    replicate: int = cli.flag(1, "copies of the sharded model, for instance one per node", 1)
 
 
 Job = tuple[Settings, Path]  # and the folder of a training run's distributed checkpoints
@@ -157,7 +156,7 @@ def load(folder: Path, pi: GPT, optimizer: torch.optim.Optimizer) -> list[dict]:
 # -------------------------------------------------- stages that run on all processes
 
 
-def complete(reference: dict, dataset, K: int, seed: int, device: torch.device, _: Job) -> dict:
+def complete(reference: dict, dataset, K: int, seed: int, device: torch.device, _: Job):
     """As `train.complete`, in shares of prompts. Each chunk of prompts has its own seed."""
     rank, N, starts = dist.get_rank(), dist.get_world_size(), range(0, len(dataset.prompts), 256)
     own = []
@@ -166,28 +165,23 @@ def complete(reference: dict, dataset, K: int, seed: int, device: torch.device, 
         own.append(train.complete(reference, chunk, K, seed * 10**6 + i, device))
     dist.all_gather_object(shares := [[]] * N, own)
     parts = [shares[i % N][i // N] for i in range(len(starts))]
-    completions = zip(*(part["completions"] for part in parts), strict=True)
-    rewards = torch.cat([part["rewards"] for part in parts])
-    return {"completions": tuple(map(torch.cat, completions)), "rewards": rewards}
+    completions, rewards = zip(*parts, strict=True)
+    return tuple(map(torch.cat, zip(*completions, strict=True))), torch.cat(rewards)
 
 
-def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, optimizer: str,
-              lr: float, epochs: int | None, batch_size: int, dataset, eval_set, seed: int,
-              device: torch.device, job: Job) -> dict:  # fmt: skip
+def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how: train.Training,
+              look: Callable[..., dict], device: torch.device, job: Job) -> dict:  # fmt: skip
     """As `train.train_dpo`."""
-    pi_theta = shard(reference, device, job[0])
-    tokenizer = load_tokenizer(reference["tokens"])
-    batches = list(map(torch.from_numpy, train.make_batches(preferences, epochs, batch_size, seed)))
-    opt, steps, curves = OPTIMIZERS[optimizer](pi_theta.parameters(), lr), len(batches), []
-    for row in train_sharded(pi_theta, preferences, loss, opt, batches, lr, job, "training"):
+    pi_theta, batches = shard(reference, device, job[0]), how.batches(preferences)
+    steps, curves = len(batches), []
+    opt = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
+    for row in train_sharded(pi_theta, preferences, loss, opt, batches, how.lr, job, "training"):
         curves.append(row)
         tenth = len(curves) * 10 // steps > (len(curves) - 1) * 10 // steps
         if tenth and "kl" not in row:
             policy = gather(pi_theta, reference)
             if dist.get_rank() == 0:
-                models = load_gpt(policy, device), load_gpt(reference, device)
-                seen = evaluate.monitor(*models, loss, dataset, eval_set, tokenizer, seed)
-                row |= seen[0] | {"samples": seen[1]}
+                row |= look(load_gpt(policy, device), load_gpt(reference, device), loss)
     return gather(pi_theta, reference) | {"curves": curves}
 
 
@@ -200,8 +194,8 @@ PARALLEL = {train.complete: complete, train.train_dpo: train_dpo}
 class ParallelStage(Stage):
     """Process 0's cache. It calls the functions in PARALLEL on all processes."""
 
-    def __init__(self, folder: Path, settings: Settings, plan: bool = False):
-        super().__init__(folder, plan)
+    def __init__(self, folder: Path, settings: Settings):
+        super().__init__(folder)
         self.settings = settings
 
     def __call__(self, name: str, function: Callable, *args: object):
@@ -224,9 +218,6 @@ def lead(args, settings: Settings) -> str:
     loss = load_loss(settings.loss, settings.loss_args)
     check_loss(partial(loss, beta=settings.beta[0]), settings.loss)
     device = torch.device(args.device.type)  # of each process
-    plan = ParallelStage(args.out, settings, plan=True)
-    train.run(settings, plan, device)
-    print(plan.describe())
     results = train.run(settings, ParallelStage(args.out, settings), device)
     dist.broadcast_object_list([None])
     shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
@@ -269,7 +260,7 @@ def in_group(work: Callable[[], object]) -> object:
 
 
 def main(argv: list[str]) -> int:
-    args, settings = cli.parse("beyond.distributed", __doc__, Settings, argv)
+    args, settings = cli.parse("beyond.distributed", __doc__, Settings, train.PRESETS, argv)
     if os.environ.get("RANK", "0") == "0":
         work = partial(in_group, partial(lead, args, settings))
         return cli.run_cli("beyond.distributed", args.out, args.debug, work)

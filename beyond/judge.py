@@ -30,7 +30,7 @@ from lib import cli
 from lib.inference import generate
 from lib.io import BadInput, atomic_write, cache_dir, open_user_file
 from lib.stage import Stage
-from train import load_archive
+from train import load_reviews
 
 N_FEATURES = 1 << 20
 SHORT = 40  # tokens
@@ -99,7 +99,7 @@ def judge(folder: Path, imdb: Path | None, samples: int) -> list[dict]:
     models = load_models(folder, torch.device("cpu"))
     shared = Stage(cache_dir() / "imdb")
     tokens = load_stage(folder / "reference.pt")["tokens"]
-    made = shared("judge", train_judge, load_archive(imdb, shared), tokens)
+    made = shared("judge", train_judge, load_reviews(imdb, shared), tokens)
     about = "its accuracy is {accuracy:.3f} on test reviews, {accuracy_short:.3f} on 40 tokens"
     print("the judge:", about.format(**made))
     prompts = [x for x in load_stage(folder / "dataset.pt").eval_prompts for _ in range(samples)]
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="beyond.judge", description=__doc__, formatter_class=style)
     parser.add_argument("run", type=cli.existing_path, help="the folder of a finished run")
     parser.add_argument("--imdb", type=cli.existing_path, help="the IMDb archive or its folder")
-    parser.add_argument("--samples", type=cli.number(int, 1, 1000), default=16, metavar="N")
+    parser.add_argument("--samples", type=cli.at_least(1), default=16, metavar="N")
     args = parser.parse_args(argv)
     try:
         with open_user_file(args.run, "a run of train.py"):

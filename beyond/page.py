@@ -1,21 +1,18 @@
-"""One page about a run: figure, training curves, table, settings, command and samples.
+"""The figures of a run, and one page with figures, table, settings, command and samples.
 
-    python -m beyond.page out       writes out/report.html, curves.png and samples.txt again
-
-All of it comes from out/results.json. train.py writes it at the end of a run. The page contains
+All of it comes from out/results.json. train.py writes it after each beta, and
+`python -m lib.report out` writes it again. The page contains
 everything it shows and loads nothing. In the samples, the colour of a word is its contribution in
 context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and orange for
 pi_theta, as in the figures; so words that raise r* are green and underlined, and words that lower
 it are red with a dotted underline.
 """
 
-import argparse
 import base64
 import dataclasses
 import io
 import json
 import shlex
-import sys
 import textwrap
 from html import escape
 from itertools import zip_longest
@@ -26,9 +23,9 @@ from matplotlib.figure import Figure
 
 from beyond.sample import printable, true_reward
 from data import Reward
-from lib import cli, report
-from lib.io import BadInput, atomic_write, open_user_file
-from train import Config
+from lib import report
+from lib.io import atomic_write
+from train import PRESETS, Config
 
 PANELS = {  # metric in the curves: title
     "loss": "loss",
@@ -39,6 +36,7 @@ PANELS = {  # metric in the curves: title
     "kl": r"KL($\pi_\theta$, $\pi_{ref}$), nats",
 }
 COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # of the betas
+ORANGE, BLUE = "#d95f02", "#1b6ca8"  # pi_theta and pi_ref
 STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the least contribution that is coloured
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --line: #ccc; --soft: #f4f4f4;
@@ -116,7 +114,7 @@ def command(config: dict) -> str:
     dataset = config["data"] if config["data"] in ("toy", "imdb") else "own"
     words = ["python", "train.py"]
     for field in dataclasses.fields(Config):
-        default = field.metadata["presets"].get(dataset, field.default)
+        default = PRESETS.get(dataset, {}).get(field.name, field.default)
         default = list(default) if isinstance(default, tuple) else default
         default = Path(default).name if field.name == "init" else default
         value = config[field.name]
@@ -183,6 +181,46 @@ def colour_key(reward: Reward | None) -> str:
     )
 
 
+# ------------------------------------------------- the frontier
+
+
+def draw_frontier(results: dict) -> Figure:
+    """Gain in reward against KL, with the optimum. If r* is unknown: pair accuracy."""
+    figure = Figure((8, 5), layout="constrained")
+    ax, points, known = figure.subplots(), results["points"], bool(results["frontier"])
+    name, origin, ylabel = "pair_accuracy", 0.5, "accuracy on held-out pairs"
+    if known:
+        name, origin, ylabel = "gain", 0, r"gain in true reward over $\pi_{ref}$, nats"
+        draw_optimum(ax, results, 1.15 * max(p["kl"] for p in points))
+    columns = [[p.get(n) or 0 for p in points] for n in ("kl", name, "kl_se", name + "_se")]
+    kl, y, kl_se, y_se = np.array(columns)
+    label = f"{results['method']}, ±2 standard errors"
+    ax.errorbar(kl, y, 2 * y_se, 2 * kl_se, "o", color=ORANGE, label=label)
+    for p in points:
+        ax.annotate(rf"  $\beta$ = {p['beta']:g}", (p["kl"], p[name]), va="top")
+    ax.plot(0, origin, "D", color=BLUE, label=r"$\pi_{ref}$")
+    xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response"
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=results["title"])
+    ax.legend(loc="lower right", framealpha=1)
+    return figure
+
+
+def draw_optimum(ax, results: dict, right: float):
+    """The optimal frontier, the region where it cannot be estimated, and each beta's optimum."""
+    base = results["reference"]["reward"]
+    rows = [(f["kl"], f["reward"] - base) for f in results["frontier"] if f["reliable"]]
+    kl, gain = np.transpose([(0, 0), *rows])
+    ax.plot(kl, gain, color="0.3", label="optimum of all policies (Eq. 4)")
+    if kl[-1] < right:
+        ax.axvspan(kl[-1], right, color="0.93", label="optimum cannot be estimated here")
+    for p in results["points"]:
+        if p["optimal_kl"] is not None:
+            where = p["optimal_kl"], p["optimal_reward"] - base
+            ax.plot(*where, "o", mfc="none", mec=ORANGE, ms=11)
+    ax.plot([], [], "o", mfc="none", mec=ORANGE, ms=11, label=r"optimum at the same $\beta$")
+    ax.set_xlim(-0.03 * right, right)
+
+
 # ------------------------------------------------- training curves, and samples as text
 
 
@@ -231,7 +269,7 @@ def page(results: dict, reward: Reward | None) -> str:
     body = [
         tag("h1", escape(results["title"])),
         tag("p", escape(report.summary(results).splitlines()[-1])) if known else "",
-        figure(report.draw_frontier(results), f"{caption} against KL from pi_ref, for each beta."),
+        figure(draw_frontier(results), f"{caption} against KL from pi_ref, for each beta."),
         tag("h2", "Results"),
         points_table(points),
         "<p>Rewards and KL are in nats per response. The exact value is in each cell's title.</p>",
@@ -258,29 +296,10 @@ def page(results: dict, reward: Reward | None) -> str:
 
 
 def write_page(out: Path, results: dict):
-    """Write report.html, curves.png and samples.txt."""
+    """Write figure.png, curves.png, samples.txt and report.html."""
+    draw_frontier(results).savefig(out / "figure.png", dpi=120)
     content = page(results, true_reward(out) if results["frontier"] else None)
     atomic_write(out / "report.html", content.encode())
     draw_curves(results["curves"]).savefig(out / "curves.png", dpi=120)
     text = samples_text(results["columns"], results["samples"])
     atomic_write(out / "samples.txt", text.encode())
-
-
-def main(argv: list[str]) -> int:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = cli.Parser(prog="beyond.page", description=__doc__, formatter_class=style)
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
-    args = parser.parse_args(argv)
-    path = args.run / "results.json"
-    try:
-        with open_user_file(path, "the results of train.py"):
-            write_page(args.run, json.loads(path.read_bytes()))
-        print(f"see {args.run / 'report.html'}")
-    except (BadInput, OSError) as e:
-        print(f"beyond.page: {' '.join(str(e).split())[:500]}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

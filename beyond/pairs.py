@@ -54,8 +54,19 @@ def online(
     every distribution of the pairs, and so also for pairs of its own samples.
     """
     completions, rewards = generate(prompts, K, sample, reward)
-    preferences, _ = label_pairs(completions, rewards, "bt", which, seed)
+    labels = "bt"
+    if which == "best-worst":
+        completions, rewards = best_worst(completions, rewards)
+        labels = "argmax"
+    preferences, _ = label_pairs(completions, rewards, labels, seed)
     return replace(preferences, ref_logps=score(preferences.ids, preferences.mask))
+
+
+def best_worst(completions: Completions, rewards: Tensor) -> tuple[Completions, Tensor]:
+    """The best and the worst completion of each prompt: (2 P, T), and their rewards (P, 2)."""
+    columns = torch.stack((rewards.argmax(1), rewards.argmin(1)), 1)
+    rows = (columns + rewards.size(1) * torch.arange(len(rewards))[:, None]).flatten()
+    return tuple(part[rows] for part in completions), rewards.gather(1, columns)
 
 
 # ------------------------------------------------- rejection sampling

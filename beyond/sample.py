@@ -227,9 +227,9 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("run", type=Path, help="the folder of a run, or a checkpoint")
     add("prompt", nargs="?", help="the beginning of a text; without it, prompts are asked for")
-    add("--n", type=cli.number(int, 1, 1000), default=4, help="completions (4)")
-    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=0, help="random seed (0)")
-    add("--temperature", type=cli.number(float, 0.01, 100), default=1.0, help="(1)")
+    add("--n", type=cli.at_least(1), default=4, help="completions (4)")
+    add("--seed", type=cli.at_least(0), default=0, help="random seed (0)")
+    add("--temperature", type=cli.at_least(0.01), default=1.0, help="(1)")
     add("--device", type=cli.usable_device, default="cpu", help="cpu, cuda or mps (cpu)")
     add("--show", action="store_true", help="show preference pair number --seed of the run")
     add("--pairs", action="store_true", help="show held-out pairs with their implicit rewards")

@@ -19,10 +19,10 @@ def to_checkpoint(pi: GPT, tokens: list[bytes] | None, **more: object) -> dict:
 
 
 def load_gpt(checkpoint: dict, device: torch.device) -> GPT:
-    """The model of a checkpoint. It computes in bfloat16 where the hardware supports it."""
+    """The model of a checkpoint. It computes in bfloat16 where that is faster."""
     pi = GPT(GPTConfig(**checkpoint["config"]))
     pi.load_state_dict(checkpoint["weights"])
-    pi.bf16 = bf16_supported(device)
+    pi.bf16 = bf16_supported(device) and pi.config.n_embd >= 128  # no gain for smaller models
     return pi.to(device)
 
 

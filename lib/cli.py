@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import platform
 import re
 import sys
@@ -15,15 +14,6 @@ import torch
 
 from lib.io import BadInput, file_lock
 from lib.optim import bf16_supported
-
-
-def flag(default, help: str = "", low=None, high=None, choices=None, **presets):
-    """A field of a settings dataclass. Without `help` it is a setting that has no flag.
-
-    low, high: the smallest and largest value. presets: defaults for other datasets, by name.
-    """
-    metadata = {"help": help, "low": low, "high": high, "choices": choices, "presets": presets}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,85 +34,85 @@ def existing_path(text: str) -> Path:
     return Path(text)
 
 
-def number(kind: type, low: float, high: float) -> Callable:
-    def convert(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low:g} to {high:g}")
+def at_least(low: float) -> Callable[[str], float]:
+    """A number of the type of `low`."""
+
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if not low <= value < 2**32:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
         return value
 
-    convert.__name__ = kind.__name__  # for argparse's messages
-    return convert
+    return number
 
 
-def parse(prog: str, doc: str, settings: type, argv: list[str]):
+def flag(default: object, help: str = "", low: float | None = None, **how: object):
+    """A field of a settings dataclass. Without `help` it is a setting that has no flag.
+
+    low: the smallest value of a number. how: further arguments for argparse.
+    """
+    if isinstance(default, tuple):
+        how["nargs"] = "+"
+    if default is False:
+        how["action"] = "store_true"
+    if low is not None:
+        how |= {"type": at_least(low), "metavar": "N"}
+    return dataclasses.field(default=default, metadata={"help": help, "how": how})
+
+
+def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
     """The command line as a namespace, and as `settings`, a dataclass of fields made by `flag`.
 
-    Each field with a help text becomes a flag. Its default depends on --data.
+    presets: for imdb and own, the defaults that differ from those of toy.
     """
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
     parser = Parser(prog, f"{prog} [flags]", doc, formatter_class=style, allow_abbrev=False)
-    fields = dataclasses.fields(settings)
-    for field in fields:
-        if field.metadata["help"]:
-            add_flag(parser, field)
+    for field in dataclasses.fields(settings):
+        name, text = field.name, field.metadata["help"]
+        parser.set_defaults(**{name: field.default})
+        if text:
+            values = {data: preset[name] for data, preset in presets.items() if name in preset}
+            text += shown({"": field.default} | values)
+            parser.add_argument("--" + name.replace("_", "-"), help=text, **field.metadata["how"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda or mps")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all output (out)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of any error")
+
+    dataset = parser.parse_args(argv).data
+    if dataset not in ("toy", "imdb") and not Path(dataset).is_file():
+        parser.error(f"--data {dataset}: there is no such file")
+    parser.set_defaults(**presets.get(dataset if dataset in ("toy", "imdb") else "own", {}))
     args = parser.parse_args(argv)
-    dataset = args.data or "toy"
-    if dataset not in ("toy", "imdb"):
-        if not Path(dataset).is_file():
-            parser.error(f"--data {dataset}: there is no such file")
-        dataset = "own"
-    values = {}
-    for field in fields:
-        presets, value = field.metadata["presets"], getattr(args, field.name, None)
-        default = presets.get(dataset, field.default)
-        if dataset == "imdb" and getattr(args, "from_scratch", None):
-            default = presets.get("imdb_from_scratch", default)
-        values[field.name] = default if value is None else value
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(settings)}
+    for name, value in given.items():
         if isinstance(value, list):
-            values[field.name] = tuple(dict.fromkeys(value))
-    return args, settings(**values)
+            given[name] = tuple(dict.fromkeys(value))
+    return args, settings(**given)
 
 
-def add_flag(parser: Parser, field: dataclasses.Field):
-    default, extra, how = field.default, field.metadata, {}
-    if isinstance(default, tuple):
-        how["nargs"] = "+"
-    first = next(iter(default), "") if isinstance(default, tuple) else default
-    kind = type(first)
-    if kind is bool:
-        how = {"action": "store_true", "default": None}
-    elif extra["choices"]:
-        how["choices"] = extra["choices"]
-    elif extra["low"] is not None:
-        kind = int if first is None else kind
-        how |= {"type": number(kind, extra["low"], extra["high"]), "metavar": "N"}
-    else:
-        how |= {"type": str, "metavar": "NAME"} if kind is str else {"type": existing_path}
-    presets = ((name, shown(value)) for name, value in extra["presets"].items())
-    defaults = [shown(default), *(f"{name}: {value}" for name, value in presets if value)]
-    text = extra["help"] + (f" ({'; '.join(filter(None, defaults))})" if any(defaults) else "")
-    parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
-
-
-def shown(default: object) -> str:
-    """A default as one would type it."""
-    if isinstance(default, tuple):
-        return " ".join(map(str, default))
-    return "" if default is None or default is False else os.path.basename(str(default))
+def shown(defaults: dict[str, object]) -> str:
+    """Defaults for --help. The first one has an empty name."""
+    texts = []
+    for name, value in defaults.items():
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if value not in (None, False, "", ()):
+            texts.append(f"{name}: {Path(text).name}" if name else text)
+    return f" ({'; '.join(texts)})" if texts else ""
 
 
 def machine(device: torch.device) -> dict[str, object]:
     """What results depend on besides the settings."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    about = {"device": str(device), "processor": (names or [platform.processor()])[0]}
-    about |= {"cpu": torch.backends.cpu.get_cpu_capability(), "bf16": bf16_supported(device)}
-    return about | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "device": str(device),
+        "processor": names[0] if names else platform.processor(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "bf16": bf16_supported(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def run_cli(prog: str, out: Path, debug: bool, work: Callable[[], str]) -> int:

@@ -3,10 +3,9 @@
 Standard errors are over prompts, because those are what is drawn independently.
 """
 
-import contextlib
-import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 import dpo
 from data import Dataset, decode_rows, label_pairs, load_tokenizer
 from lib.checkpoint import load_gpt
-from lib.inference import collate, compute_logps, fast_response_logps, generate, mean_kl
-from lib.io import BadInput
-from model import GPT, sample
+from lib.inference import compute_logps, generate, mean_kl
+from model import GPT
 
 BETAS = np.geomspace(20, 0.05, 80)  # where the optimal frontier is estimated
 MIN_SAMPLE_SIZE = 40  # with a smaller effective sample size, the optimum cannot be estimated
@@ -50,8 +48,7 @@ def make_eval_set(dataset: Dataset, pairs, reference: dict, cfg: EvalConfig, dev
     prompts = [x for x in dataset.eval_prompts for _ in range(N)]
     ids, mask, logps = generate(pi_ref, prompts, tokenizer.eot_token, cfg.seed, "sampling pi_ref")
     texts = decode_rows(ids, mask, tokenizer)
-    about = {"nats_per_byte": nats_per_byte(pi_ref, dataset.unseen_texts, tokenizer)}
-    about["length"] = mask.sum(1).double().mean().item()
+    about = {"length": mask.sum(1).double().mean().item()}
     if dataset.reward is None:
         return EvalSet(about, texts[::N], None, pairs, None)
     rewards = dataset.reward(texts).view(-1, N)
@@ -59,16 +56,24 @@ def make_eval_set(dataset: Dataset, pairs, reference: dict, cfg: EvalConfig, dev
     used = min(N, 16) // K * K
     rows = torch.arange(len(ids)) % N < used
     r = rewards[:, :used].reshape(-1, K)
-    pairs, _ = label_pairs((ids[rows], mask[rows], logps[rows]), r, cfg.labels, "all", cfg.seed)
-    r = dataset.reward(decode_rows(pairs.ids, pairs.mask, tokenizer))[pairs.pairs]
-    return EvalSet(about, texts[::N], rewards, pairs, r[:, 0] - r[:, 1])
+    pairs, _ = label_pairs((ids[rows], mask[rows], logps[rows]), r, cfg.labels, cfg.seed)
+    r_w, r_l = dataset.reward(decode_rows(pairs.ids, pairs.mask, tokenizer))[pairs.pairs.T]
+    return EvalSet(about, texts[::N], rewards, pairs, r_w - r_l)
 
 
-def nats_per_byte(pi: GPT, texts: list[list[int]], tokenizer) -> float:
-    """How well a model predicts texts, in nats per byte."""
-    ids, mask = collate(texts, [1] * len(texts))
-    n_bytes = sum(len(text.encode()) for text in decode_rows(ids[:, 1:], mask[:, 1:], tokenizer))
-    return -compute_logps(pi, ids, mask).double().sum().item() / n_bytes
+def measure(pi_theta: GPT, pi_ref: GPT, dataset: Dataset, tokenizer, prompts: list[list[int]],
+            M: int, seed: int) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+    """Sample M responses to each prompt. Returns their metrics, (P, M) each, and texts."""
+    repeated = [x for x in prompts for _ in range(M)]
+    how = tokenizer.eot_token, seed, "sampling pi_theta"
+    ids, mask, logps = generate(pi_theta, repeated, *how)
+    texts = decode_rows(ids, mask, tokenizer)
+    values = {"kl": mean_kl(pi_theta, pi_ref, ids, mask)}
+    values |= {"length": mask.sum(1), "entropy": -logps.sum(1)}
+    if dataset.reward is not None:
+        r = dataset.reward(texts)
+        values |= {"reward": r, "p_positive": r.sigmoid()}
+    return {name: value.view(-1, M) for name, value in values.items()}, texts
 
 
 def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: EvalSet,
@@ -78,71 +83,43 @@ def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: E
     Returns "point", a row of results.json, and the first text of each prompt with its reward.
     """
     pi_theta, pi_ref = load_gpt(policy, device), load_gpt(reference, device)
-    tokenizer = load_tokenizer(reference["tokens"])
-    P, M = len(dataset.eval_prompts), cfg.samples
-    prompts = [x for x in dataset.eval_prompts for _ in range(M)]
-    ids, mask, _ = generate(pi_theta, prompts, tokenizer.eot_token, cfg.seed, "sampling pi_theta")
-    texts = decode_rows(ids, mask, tokenizer)
-    kl = mean_kl(pi_theta, pi_ref, ids, mask).view(P, M)
-    point = {"beta": beta, "length": mask.sum(1).double().mean().item()} | mean_and_se("kl", kl)
-    point |= agreement(pi_theta, eval_set, beta)
-    ref_r = eval_set.rewards
-    if ref_r is None:
-        return {"point": point, "texts": texts[::M], "rewards": None}
-    r = dataset.reward(texts).view(P, M)
-    gain = r.mean(1, keepdim=True) - ref_r.mean(1, keepdim=True)  # paired by prompt
-    wins = (r - ref_r[:, :M]).sign() / 2 + 0.5  # a tie counts 1/2
-    point |= mean_and_se("reward", r) | mean_and_se("gain", gain)
-    point |= mean_and_se("p_positive", r.sigmoid()) | mean_and_se("win_rate", wins)
-    point |= optimality_gap(ref_r, r, kl, beta, cfg.labels)
-    return {"point": point, "texts": texts[::M], "rewards": r[:, 0]}
+    tokenizer, M = load_tokenizer(reference["tokens"]), cfg.samples
+    how = dataset.eval_prompts, M, cfg.seed
+    values, texts = measure(pi_theta, pi_ref, dataset, tokenizer, *how)
+    loss = partial(dpo.dpo, beta=beta)
+    point = {"beta": beta} | agreement(pi_theta, eval_set.pairs, eval_set.gap, loss)
+    ref_r, rewards = eval_set.rewards, [None] * len(dataset.eval_prompts)
+    if ref_r is not None:
+        r = values["reward"]
+        rewards = r[:, 0].tolist()
+        values["gain"] = r.mean(1, keepdim=True) - ref_r.mean(1, keepdim=True)  # paired by prompt
+        values["win_rate"] = (r - ref_r[:, :M]).sign() / 2 + 0.5  # a tie counts 1/2
+        point |= optimality_gap(ref_r, r, values["kl"], beta, cfg.labels)
+    for name, value in values.items():
+        point |= mean_and_se(name, value)
+    return {"point": point, "texts": texts[::M], "rewards": rewards}
 
 
-def agreement(pi_theta: GPT, eval_set: EvalSet, beta: float) -> dict[str, float]:
-    """The implicit reward on the held-out pairs: accuracy, and regression on the true reward."""
-    pairs, gap = eval_set.pairs, eval_set.gap
+def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap: Tensor | None, loss: dpo.Loss) -> dict:
+    """The implicit reward on held-out pairs: accuracy, and regression on the true reward.
+
+    gap: r*(y_w) - r*(y_l) of each pair, (n,) nats.
+    """
     logps = compute_logps(pi_theta, pairs.ids, pairs.mask)
-    _, r_hat_w, r_hat_l = dpo.dpo(logps.double(), pairs, beta)
+    losses, r_hat_w, r_hat_l = loss(logps.double(), pairs)
     margin = r_hat_w - r_hat_l
     share = dpo.mean_weights(pairs.weight.double())
-    found = {"pairs": len(margin)}
-    values = {"r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
-    found |= {name: (share @ value).item() for name, value in values.items()}
-    found["pair_accuracy"] = (share @ (margin.sign() + 1)).item() / 2
+    values = {"loss": losses, "r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
+    values["pair_accuracy"] = (margin.sign() + 1) / 2
     if gap is not None:
         gap = gap.double()
+        values["pair_accuracy_ceiling"] = (gap.sign() + 1) / 2  # of r* itself
+    found = {name: (share @ value).item() for name, value in values.items()}
+    if gap is not None:
         slope = (margin @ gap) / (gap @ gap)
-        found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # of r* itself
         found["reward_slope"] = slope.item()
         found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()
-    return found
-
-
-@torch.no_grad()
-def monitor(pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, dataset: Dataset, eval_set: EvalSet,
-            tokenizer, seed: int) -> tuple[dict[str, float], list[str]]:  # fmt: skip
-    """A quick look during training: metrics of held-out pairs and of fresh samples, and texts."""
-    pairs = eval_set.pairs
-    n = math.ceil(128 / len(pairs.ids) * (int(pairs.prompt.max()) + 1))  # about 128 rows
-    pairs, found = pairs.select(torch.arange(n)).to(pi_theta.device), {}
-    with contextlib.suppress(BadInput):  # raised by losses that take other pairs
-        logps = fast_response_logps(pi_theta, pairs.ids, pairs.mask)
-        losses, r_hat_w, r_hat_l = loss(logps, pairs)
-        margin, share = r_hat_w - r_hat_l, len(losses) * dpo.mean_weights(pairs.weight)
-        found = {"held_out_loss": share * losses, "held_out_margin": share * margin}
-        found["held_out_accuracy"] = share * (margin.sign() + 1) / 2
-    n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer of longer texts
-    prompts = list(itertools.islice(itertools.cycle(dataset.eval_prompts), n))
-    generator = torch.Generator(pi_ref.device).manual_seed(seed)
-    ids, mask, logps = sample(pi_theta, prompts, tokenizer.eot_token, generator=generator)
-    texts = decode_rows(ids, mask, tokenizer)
-    found |= {"kl": mean_kl(pi_theta, pi_ref, ids, mask), "entropy": -logps.sum(1)}
-    found["length"] = mask.sum(1)
-    shown = texts[:2]
-    if dataset.reward is not None:
-        found["reward"] = dataset.reward(texts)
-        shown = [f"r* {r:+.2f} | {text}" for r, text in zip(found["reward"], shown, strict=False)]
-    return {name: values.double().mean().item() for name, values in found.items()}, shown
+    return found | {"pairs": len(margin)}
 
 
 # ------------------------------------------------ the optimum
@@ -161,11 +138,10 @@ def optimal_frontier(r: Tensor) -> dict[str, np.ndarray]:
 
 def frontier_rows(r: Tensor) -> list[dict]:
     """The optimal frontier, averaged over prompts, as rows of results.json."""
-    frontier = optimal_frontier(r)
-    kl, reward = frontier["kl"].mean(1), frontier["reward"].mean(1)
-    columns = BETAS.tolist(), kl.tolist(), reward.tolist(), frontier["reliable"].tolist()
+    found = optimal_frontier(r)
+    rows = zip(BETAS, found["kl"].mean(1), found["reward"].mean(1), found["reliable"], strict=True)
     names = "beta", "kl", "reward", "reliable"
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [{name: value.item() for name, value in zip(names, row, strict=True)} for row in rows]
 
 
 def optimality_gap(ref_r: Tensor, r: Tensor, kl: Tensor, beta: float, labels: str) -> dict:

@@ -1,15 +1,15 @@
 """Running a GPT over many rows: log-probabilities, KL and sampling."""
 
 import dataclasses
-import time
 import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo import Preferences, log_softmax
+from dpo import Preferences, sequence_kl
 from lib.checkpoint import load_gpt
 from model import GPT, sample
 
@@ -42,43 +42,29 @@ def collate(rows: list[list[int]], starts: list[int]) -> tuple[Tensor, Tensor]:
     return ids, (place >= torch.tensor(starts)[:, None]) & (place < lengths)
 
 
-def training_seconds(checkpoint: dict, tokens: int, device: torch.device) -> float:
-    """How long training on this many tokens will take, judged by one step on random tokens."""
-    pi = load_gpt(checkpoint, device)
-    ids = torch.randint(256, (32, min(pi.config.context, 64)), device=device)
-    start = time.perf_counter()
-    fast_response_logps(pi, ids, torch.arange(ids.size(1)).expand_as(ids) > 0).sum().backward()
-    return (time.perf_counter() - start) * tokens / ids.numel()
-
-
 @torch.no_grad()
 def compute_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi(y_t | x, y_<t) of many rows: ids, mask (R, T) -> (R, T) nats, on the CPU."""
     logps = []
-    for rows in tqdm(torch.arange(len(ids)).split(256), "computing log-probabilities"):
+    for rows in progress(torch.arange(len(ids)).split(256), "computing log-probabilities"):
         batch = ids[rows].to(pi.device), mask[rows].to(pi.device)
         logps.append(fast_response_logps(pi, *batch).cpu())
     return torch.cat(logps)
 
 
-def score(pairs: Preferences, reference: dict, device: torch.device) -> Preferences:
+def with_ref_logps(pairs: Preferences, reference: dict, device: torch.device) -> Preferences:
     """The same preferences with the log-probabilities under pi_ref."""
     logps = compute_logps(load_gpt(reference, device), pairs.ids, pairs.mask)
     return dataclasses.replace(pairs, ref_logps=logps)
 
 
-@torch.no_grad()
 def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """The second estimate of `dpo.sequence_kl` for many rows, (R,) nats, on the CPU.
-
-    Logits are computed for response tokens only.
-    """
+    """The second estimate of `dpo.sequence_kl` for many rows, (R,) nats, on the CPU."""
     kls = []
-    for rows in tqdm(torch.arange(len(ids)).split(64), "computing the KL", leave=False):
-        inputs, scored = ids[rows, :-1].to(pi_ref.device), mask[rows, 1:].to(pi_ref.device)
-        p, q = (log_softmax(pi.head(pi.hidden(inputs)[scored])) for pi in (pi_theta, pi_ref))
-        token_kl = (p.exp() * (p - q)).sum(-1)
-        kls.append(token_kl.new_zeros(scored.shape).masked_scatter(scored, token_kl).sum(1).cpu())
+    for rows in progress(torch.arange(len(ids)).split(32), "computing the KL"):
+        T = int(mask[rows].any(0).nonzero().max()) + 1
+        batch = ids[rows, :T].to(pi_ref.device), mask[rows, :T].to(pi_ref.device)
+        kls.append(sequence_kl(pi_theta, pi_ref, *batch)[1].cpu())
     return torch.cat(kls)
 
 
@@ -91,6 +77,11 @@ def generate(pi: GPT, prompts: list[list[int]], end: int, seed: int, what: str):
     c, batches = pi.config, []
     rows = (1 << 27) // (2 * c.n_layer * c.context * c.n_embd)  # a cache of 512 MB at most
     rows = max(16, min(1024, rows))
-    for i in tqdm(range(0, len(prompts), rows), what):
+    for i in progress(range(0, len(prompts), rows), what):
         batches.append(sample(pi, prompts[i : i + rows], end, generator=generator))
     return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def progress(batches: Sequence, what: str) -> tqdm:
+    """A progress bar, unless there is one batch only."""
+    return tqdm(batches, what, disable=len(batches) == 1)

@@ -50,11 +50,10 @@ def download(url: str, path: Path, md5: str) -> Path:
     """Download `url` to `path` once, and verify its MD5. Raises BadInput."""
     if path.exists():
         return path
-    print(f"downloading {url} to {path.parent}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with tqdm(unit="B", unit_scale=True, desc="downloading") as bar:
+        with tqdm(desc=f"downloading {url}", unit="B", unit_scale=True) as bar:
             urllib.request.urlretrieve(url, part, lambda count, block, total: bar.update(block))
         if hashlib.md5(part.read_bytes()).hexdigest() != md5:
             raise OSError("wrong checksum")

@@ -22,9 +22,12 @@ def linear_warmup_decay(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / (warmup + 1)) * (1 - step / max(1, steps))
 
 
-def random_batches(n: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """One epoch: the numbers below n in random batches."""
-    return np.array_split(rng.permutation(n), math.ceil(n / batch_size))
+def random_batches(n: int, batch_size: int, epochs: int, seed: int) -> list[torch.Tensor]:
+    """The numbers below n in random batches, in another order in each epoch."""
+    rng, batches = np.random.default_rng(seed), []
+    for _ in range(epochs):
+        batches += np.array_split(rng.permutation(n), math.ceil(n / batch_size))
+    return [torch.from_numpy(batch) for batch in batches]
 
 
 OPTIMIZERS = {

@@ -73,7 +73,7 @@ BAD_FILES = {  # flags, the content of bad.file (None: there is none), a part of
     "imdb, no archive inside": (IMDB, gzip.compress(b"text" * 999), "as the IMDb archive"),
     "imdb, no reviews": (IMDB, gzip.compress(bytes(1 << 20)), "expected aclImdb/train/pos"),
     "imdb, wrong checksum": (IMDB, archive()[:-8] + bytes(8), "as the IMDb archive"),
-    "imdb, few reviews": (IMDB, archive(n=40), "too few reviews"),
+    "imdb, few reviews": (IMDB, archive(n=40), "imdb: cannot be read as a dataset (too few"),
     "init, missing": (INIT, None, "is not a checkpoint, a folder, or one of gpt2"),
     "init, a folder": (["--init", "."], None, "cannot be read as"),
     "init, empty": (INIT, b"", "cannot be read as a checkpoint"),
@@ -151,7 +151,7 @@ def test_a_bad_file_is_one_line_that_names_it(what, refused):
     if content is not None:
         Path("bad.py" if flags == LOSS else "bad.file").write_bytes(content)
     line = refused(flags)
-    assert message in line and ("bad.file" in line or "bad.file" not in flags)
+    assert message in line and ("bad.file" in line or "imdb:" in line or "bad.file" not in flags)
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
@@ -299,7 +299,7 @@ def test_memory_that_runs_out_is_one_line(tmp_path, capsys):
 
 
 def parsed(*argv: str) -> train.Config:
-    return cli.parse("train.py", "", train.Config, list(argv))[1]
+    return cli.parse("train.py", "", train.Config, train.PRESETS, list(argv))[1]
 
 
 def test_every_flag_sets_the_field_of_its_name(tmp_path):
@@ -309,9 +309,7 @@ def test_every_flag_sets_the_field_of_its_name(tmp_path):
             continue
         default = field.default
         value = default[:1] or ("x=1",) if isinstance(default, tuple) else other[type(default)]
-        if type(value) is int:
-            value = min(value, field.metadata["high"])
-        if choices := field.metadata["choices"]:
+        if choices := field.metadata["how"].get("choices"):
             value = choices[-1]
         words = value if isinstance(value, tuple) else () if value is True else (value,)
         cfg = parsed("--" + field.name.replace("_", "-"), *map(str, words))
@@ -325,16 +323,21 @@ def test_defaults_depend_on_the_dataset_and_flags_override_them(tmp_path):
     assert parsed() == train.Config()
     for field in dataclasses.fields(train.Config):
         for name, argument in (("imdb", "imdb"), ("own", str(path))):
-            expected = field.metadata["presets"].get(name, field.default)
+            expected = train.PRESETS[name].get(field.name, field.default)
             expected = argument if field.name == "data" else expected
             assert getattr(parsed("--data", argument), field.name) == expected
     assert parsed("--data", "imdb", "--context", "20", "--beta", "2", "2").beta == (2.0,)
 
 
-def test_imdb_from_scratch_is_fine_tuned():
-    assert parsed("--data", "imdb").sft_steps == 0
-    assert parsed("--data", "imdb", "--from-scratch").sft_steps > 0
-    assert parsed("--data", "imdb", "--from-scratch", "--sft-steps", "7").sft_steps == 7
+def test_only_the_shipped_pi_ref_is_not_fine_tuned_on_imdb():
+    for flags, steps in (
+        ("", 0),
+        ("--sft-steps 7", 7),
+        ("--from-scratch", None),
+        ("--from-scratch --sft-steps 7", 7),
+        ("--init another.pt", None),
+    ):
+        assert train.sft_settings(parsed("--data", "imdb", *flags.split()))[0] == steps
 
 
 def test_help_fits_on_two_screens_and_explains_every_flag(capsys, monkeypatch):

@@ -10,7 +10,7 @@ import dpo
 import tiny
 from beyond.custom_data import load_pairs, to_preferences
 from lib.checkpoint import load_gpt
-from lib.inference import score
+from lib.inference import with_ref_logps
 from tiny import CPU, lines, pairs
 
 TOKENS = data.toy_tokens()
@@ -64,7 +64,6 @@ def test_a_tenth_of_the_prompts_is_held_out_with_all_their_pairs(tmp_path):
     assert len(dataset.pairs.pairs) == 54 and len(dataset.eval_pairs.pairs) == 6
     assert {tuple(x) for x in dataset.eval_prompts} == held
     assert dataset.sft_texts == [[*x, *y_w] for x, y_w, _ in encoded(dataset.pairs)]
-    assert dataset.unseen_texts == [[*x, *y_w] for x, y_w, _ in encoded(dataset.eval_pairs)]
     assert dataset.reward is None and not dataset.prompts
     again, other = (load(tmp_path / "own.jsonl", pairs(60), seed=seed) for seed in (0, 1))
     assert again.sft_texts == dataset.sft_texts != other.sft_texts
@@ -101,7 +100,7 @@ def test_shared_responses_are_one_row_and_every_pair_is_kept():
     assert preferences.ref_logps.shape == preferences.ids.shape
 
     pi_ref = load_gpt(tiny.checkpoint(), CPU)
-    scored = score(preferences, tiny.checkpoint(), CPU)
+    scored = with_ref_logps(preferences, tiny.checkpoint(), CPU)
     expected = dpo.response_logps(pi_ref, preferences.ids, preferences.mask)
     tolerance = 0.1 if pi_ref.bf16 else 1e-4
     torch.testing.assert_close(scored.ref_logps, expected, atol=tolerance, rtol=0)

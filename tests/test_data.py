@@ -3,8 +3,6 @@
 import math
 import random
 import re
-import tarfile
-from collections import defaultdict
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+from beyond.pairs import best_worst
 import dpo
 from tiny import archive
 
@@ -64,15 +63,12 @@ MEMBERS = {
 } | {"aclImdb/train/unsup/0_0.txt": b"no \xff label", "aclImdb/README": b"?"}
 
 
-def test_an_archive_and_an_unpacked_folder_hold_the_same_reviews_in_order(tmp_path):
+def test_the_archive_s_reviews_are_in_the_order_of_their_numbers(tmp_path):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(archive(MEMBERS, n=0))
     reviews = data.read_imdb(path)
     assert reviews["train/pos"] == ["train pos 2. A b c.", "train pos 10. A b c."]
     assert reviews["train/unsup"] == ["no \N{REPLACEMENT CHARACTER} label"]
-    with tarfile.open(path) as tar:
-        tar.extractall(tmp_path, filter="data")
-    assert data.read_imdb(tmp_path / "aclImdb") == reviews
 
 
 @pytest.mark.parametrize("part", ["train/pos", "train/neg", "test/pos", "test/neg"])
@@ -83,35 +79,12 @@ def test_an_archive_without_a_part_is_refused(part, tmp_path):
         data.read_imdb(tmp_path / "a.tar.gz")
 
 
-def test_a_classifier_learns_words_and_pairs_of_words():
-    rng = random.Random(0)
-    texts = {"bad": [], "good": []}
-    for word, made in texts.items():
-        for _ in range(300):
-            noise = rng.choices("the a film plot it was".split(), k=20)
-            made.append(" ".join([*noise, "not", word, *rng.choices(("bad", "good"), k=2)]))
-    r = data.train_classifier(texts["bad"], texts["good"], epochs=20)
-    assert r(["it was not bad"]) > 1 > -1 > r(["it was not good"])
-    assert torch.isfinite(r(["", "!?"])).all()
-    known, unknown = r(["not bad", "", "film"]), r(["zebra not bad", "zebra", "film 7"])
-    torch.testing.assert_close(known, unknown)  # what is not in the index has no influence
-
-
-def graded_reviews() -> dict[str, list[str]]:
-    """Reviews of the grammar in the parts of IMDb, by the sign of the weights of their words."""
-    reviews = defaultdict(list)
-    for i, text in enumerate(data.toy_reviews(3000, 77)):
-        if r := round(REWARD([text]).item(), 3):
-            part = f"{'train' if i % 3 else 'test'}/{'pos' if r > 0 else 'neg'}"
-            reviews[part].append(text)
-    return reviews
-
-
-def test_r_star_is_accurate_on_reviews_it_was_not_trained_on():
-    reviews = graded_reviews()
-    r, accuracy = data.imdb_rewards(reviews)
-    right = (r(reviews["test/pos"]) > 0).tolist() + (r(reviews["test/neg"]) < 0).tolist()
-    assert accuracy == pytest.approx(sum(right) / len(right)) and 0.8 < accuracy <= 1
+def test_the_imdb_reward_is_the_sum_of_known_words_over_the_root_of_their_number():
+    r = data.WordReward({"good": 2.0, "bad": -3.0, "!": 0.5}, bias=0.1, divide=True)
+    torch.testing.assert_close(
+        r(["a Good, good film!", "bad", "", "zebra"]),
+        torch.tensor([4.5 / math.sqrt(3) + 0.1, -3 + 0.1, 0.1, 0.1]),
+    )
 
 
 # ------------------------------------------------- tokens
@@ -185,7 +158,6 @@ def test_texts_that_are_used_twice_are_kept_apart():
     assert not set(held_out) & set(map(tuple, split["prompts"]))
     seen = {tuple(ids) for ids in data.openings(REVIEWS[:100], TOKENIZER, 24)}
     assert set(map(tuple, split["sft_texts"])) == seen
-    assert not set(map(tuple, split["unseen_texts"])) & seen
     with pytest.raises(ValueError, match="too few reviews"):
         data.split_reviews(TOKENIZER, *parts, data.Sizes(10, 400, 24), 0)
 
@@ -204,8 +176,8 @@ def completions(P: int) -> tuple:
     return ids, mask, -torch.arange(ids.numel()).view(ids.shape) * mask
 
 
-def labelled(labels: str, which: str = "all", P: int = 2000, rewards=R):
-    return data.label_pairs(completions(P), rewards.expand(P, -1), labels, which, 0)
+def labelled(labels: str, P: int = 2000, rewards=R):
+    return data.label_pairs(completions(P), rewards.expand(P, -1), labels, 0)
 
 
 def words_of(preferences) -> list[tuple[str, str]]:
@@ -236,7 +208,8 @@ def test_soft_labels_hold_both_orders_weighted_by_their_probability():
 
 
 def test_best_worst_is_one_pair_per_prompt():
-    preferences, counts = labelled("bt", "best-worst", P=3)
+    best_and_worst = best_worst(completions(3), R.expand(3, -1))
+    preferences, counts = data.label_pairs(*best_and_worst, "argmax", 0)
     assert words_of(preferences) == [("superb", "dull")] * 3 and counts["pairs"] == 3
 
 

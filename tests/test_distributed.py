@@ -104,7 +104,7 @@ def of_many(folder: Path, optimizer: str, dtype: torch.dtype, again: bool, repli
 def completions() -> dict:
     """600 prompts, in three chunks."""
     prompts = [[97 + i % 26, 97 + i // 26] for i in range(600)]
-    dataset = data.Dataset([], [], [], prompts=prompts, reward=data.WordReward({}))
+    dataset = data.Dataset([], [], prompts=prompts, reward=data.WordReward({}))
     return distributed.complete(checkpoint(1), dataset, 1, 0, CPU, None)
 
 
@@ -174,11 +174,11 @@ def test_copies_keep_whole_models(results):
 @pytest.mark.parametrize("N", [1, 2, 3])
 def test_samples_do_not_depend_on_the_number_of_processes(results, N):
     """complete() on N processes  =>  bit for bit the same rows, in the prompts' order"""
-    ids, *_ = expected = results[1][0]["completions"]["completions"]
+    ids, *_ = expected = results[1][0]["completions"][0]
     assert ids[:, :2].tolist() == [[97 + i % 26, 97 + i // 26] for i in range(600)]
     assert len({tuple(row) for row in ids[:, 2:].tolist()}) > 300  # chunks are not alike
     for process in results[N]:
-        assert all(map(torch.equal, process["completions"]["completions"], expected))
+        assert all(map(torch.equal, process["completions"][0], expected))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -213,12 +213,12 @@ def test_killed_run_continues_with_another_number_of_processes(tmp_path, monkeyp
     how = {"env": ENV, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run([*torchrun, *module], **how)
     assert done.returncode == 0, done.stderr
-    assert "preferences, eval_set; to run: dpo-1" in done.stdout
+    assert "[eval_set] cached\n[dpo-1]\n" in done.stdout
     assert int(re.search(r"training: +(\d+)%", done.stderr)[1]) > 0  # of the first step shown
     assert not [*tmp_path.glob("out/checkpoints")]
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    _, cfg = cli.parse("train.py", "", train.Config, TINY)
+    _, cfg = cli.parse("train.py", "", train.Config, {}, TINY)
     train.run(cfg, Stage(tmp_path / "alone"), CPU)
     policy, expected = (read_checkpoint(tmp_path / f"{n}/dpo-1.pt") for n in ("out", "alone"))
     for name, weight in expected["weights"].items():

@@ -10,7 +10,7 @@ import torch
 
 import data
 import dpo
-import model
+from beyond.monitor import monitor
 from lib import evaluate
 from lib.checkpoint import load_gpt, to_checkpoint
 from lib.evaluate import BETAS, evaluate_policy, fraction_of_optimal, optimal_frontier
@@ -77,7 +77,7 @@ def test_a_point_is_what_plain_arithmetic_gives(toy, other):
     }
     for name, value in expected.items():
         assert point[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
-    assert result["texts"] == texts[::M] and result["rewards"].tolist() == pytest.approx(r[::M])
+    assert result["texts"] == texts[::M] and result["rewards"] == pytest.approx(r[::M])
 
 
 def test_agreement_on_held_out_pairs_is_what_plain_arithmetic_gives(toy, other):
@@ -112,8 +112,9 @@ def test_pi_ref_itself_has_no_kl_no_margin_and_half_of_the_pairs(toy):
     pi_ref, pairs = load_gpt(reference, CPU), eval_set.pairs
     logps = compute_logps(pi_ref, pairs.ids, pairs.mask).double()
     tied = dataclasses.replace(pairs, ref_logps=logps)
-    tied = dataclasses.replace(eval_set, pairs=tied)
-    assert evaluate.agreement(pi_ref, tied, 2.0)["pair_accuracy"] == pytest.approx(0.5)
+    found = evaluate.agreement(pi_ref, tied, eval_set.gap, functools.partial(dpo.dpo, beta=2.0))
+    assert found["pair_accuracy"] == pytest.approx(0.5)
+    assert found["loss"] == pytest.approx(math.log(2))
     _, (_, *args) = toy.calls["eval-2"]
     point = evaluate_policy(reference, *args)["point"]
     assert point["kl"] == 0 and abs(point["margin"]) < 0.1
@@ -121,28 +122,32 @@ def test_pi_ref_itself_has_no_kl_no_margin_and_half_of_the_pairs(toy):
 
 
 def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other):
-    """All held-out pairs, and 32 samples, whose log-probabilities give the entropy."""
+    """All held-out pairs, and a sample for each prompt; log-probabilities give the entropy."""
     _, pi_theta, pi_ref, _, tokenizer = other
     dataset, eval_set = toy.returned["dataset"], toy.returned["eval_set"]
     loss = functools.partial(dpo.dpo, beta=2.0)
-    found, texts = evaluate.monitor(pi_theta, pi_ref, loss, dataset, eval_set, tokenizer, 0)
+    found = monitor(pi_theta, pi_ref, loss, dataset, eval_set, data.toy_tokens(), 0)
     pairs = eval_set.pairs  # fewer than 128 rows, so all of them
     losses, r_hat_w, r_hat_l = loss(compute_logps(pi_theta, pairs.ids, pairs.mask), pairs)
     margin = (r_hat_w - r_hat_l).tolist()
-    prompts = dataset.eval_prompts * 8  # 32
-    generator = torch.Generator().manual_seed(0)
-    ids, mask, logps = model.sample(pi_theta, prompts, tokenizer.eot_token, generator=generator)
+    how = tokenizer.eot_token, 0, "sampling pi_theta"
+    ids, mask, logps = generate(pi_theta, dataset.eval_prompts, *how)
     samples = data.decode_rows(ids, mask, tokenizer)
     r = data.WordReward(data.WEIGHT)(samples)
     expected = {
         "held_out_loss": losses.mean(),
         "held_out_margin": sum(margin) / len(margin),
-        "held_out_accuracy": sum((m > 0) + 0.5 * (m == 0) for m in margin) / len(margin),
+        "held_out_pair_accuracy": sum((m > 0) + 0.5 * (m == 0) for m in margin) / len(margin),
         "kl": dpo.sequence_kl(pi_theta, pi_ref, ids, mask)[1].mean(),
         "entropy": -logps.sum() / len(ids),
         "length": mask.sum() / len(ids),
         "reward": r.mean(),
+        "p_positive": r.sigmoid().mean(),
+        "held_out_pairs": len(margin),
+        "held_out_r_hat_w": r_hat_w.mean(),
+        "held_out_r_hat_l": r_hat_l.mean(),
     }
+    texts = found.pop("samples")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
@@ -201,17 +206,3 @@ def test_regret_is_zero_at_the_optimum_and_undefined_for_argmax_labels(labels, n
     unreliable = evaluate.optimality_gap(normal, best_r.float(), best_kl.float(), 0.06, labels)
     assert unreliable["regret"] is None
     assert evaluate.optimality_gap(normal, best_r, best_kl, 0.01, labels)["regret"] is None
-
-
-def test_nats_per_byte_of_a_uniform_model(toy):
-    reference = toy.returned["reference"]
-    weights = reference["weights"] | {"wte.weight": reference["weights"]["wte.weight"] * 0}
-    uniform, tokenizer = (
-        load_gpt(reference | {"weights": weights}, CPU),
-        data.load_tokenizer(reference["tokens"]),
-    )
-    texts = toy.returned["dataset"].unseen_texts
-    n = sum(len(ids) - 1 for ids in texts)
-    length = sum(len(tokenizer.decode_bytes(ids[1:-1])) for ids in texts)
-    expected = n * math.log(tokenizer.n_vocab) / length
-    assert evaluate.nats_per_byte(uniform, texts, tokenizer) == pytest.approx(expected, rel=1e-3)

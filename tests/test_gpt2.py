@@ -176,7 +176,7 @@ def test_a_run_starts_from_a_published_folder_or_the_converted_checkpoint(init, 
     """train.py --init of it => the model that a run starts from computes the published function."""
     assert run(publish(tmp_path / "in"), "--out", tmp_path / "gpt2.pt") == 0
     flags = ["--init", str(tmp_path / init), "--context", "24"]
-    _, cfg = cli.parse("train.py", "", train.Config, flags)
+    _, cfg = cli.parse("train.py", "", train.Config, {}, flags)
     pi = load_gpt(train.initial_model(cfg), torch.device("cpu"))
     pi.bf16 = False
     assert pi.config.context == 24

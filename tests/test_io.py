@@ -61,7 +61,7 @@ def arriving(content: bytes | Exception):
 def test_a_download_happens_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(urllib.request, "urlopen", arriving(CONTENT))
     path = download(URL, tmp_path / "cache" / "a", MD5)
-    assert path.read_bytes() == CONTENT and URL in capsys.readouterr().out
+    assert path.read_bytes() == CONTENT and URL in capsys.readouterr().err
     monkeypatch.setattr(urllib.request, "urlopen", None)
     assert download(URL, path, MD5) == path
 

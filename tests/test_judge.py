@@ -7,7 +7,7 @@ import pytest
 
 import data
 from beyond import judge
-from test_data import graded_reviews
+from test_reward import graded_reviews
 
 
 def test_features_are_the_presence_of_runs_of_one_to_three_tokens():

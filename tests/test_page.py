@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from beyond import page
-from lib import cli
-from train import Config
+from lib import cli, report
+from train import PRESETS, Config
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -107,7 +107,7 @@ def test_colours_are_not_those_of_the_policies():
         for rgb in re.findall(name + r": (\d+), (\d+), (\d+)", page.STYLE):
             red, green, blue = map(int, rgb)
             assert max(red, green) > 1.5 * min(red, green) and blue < max(red, green) - 50
-    assert page.report.BLUE in page.STYLE
+    assert page.BLUE in page.STYLE
 
 
 def test_the_command_repeats_the_run(recorded, monkeypatch):
@@ -116,7 +116,7 @@ def test_the_command_repeats_the_run(recorded, monkeypatch):
     command = shlex.split(html.unescape(re.search("<pre>(.*?)</pre>", content)[1]))
     assert command[:2] == ["python", "train.py"]
     monkeypatch.chdir(recorded.folder.parent)
-    _, cfg = cli.parse("train.py", "", Config, command[2:])
+    _, cfg = cli.parse("train.py", "", Config, PRESETS, command[2:])
     for name, field in Config.__dataclass_fields__.items():
         if field.metadata["help"]:
             values = (getattr(each, name) for each in (cfg, recorded.cfg))
@@ -167,9 +167,9 @@ def test_a_browser_shows_it_without_errors(width, scheme, toy, tmp_path):
 def test_a_folder_without_results_is_one_line(content, tmp_path, capsys):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    assert page.main([str(tmp_path)]) == 2
+    assert report.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "results.json: cannot be read as the results of train.py" in error
+    assert "results.json: cannot be read as the results of a run" in error
     assert error.count("\n") == 1 and not (tmp_path / "report.html").exists()
 
 

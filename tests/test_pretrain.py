@@ -1,17 +1,20 @@
 """Pretraining pi_ref: the tokenizer, the texts it sees, and its resume."""
 
 import io
+import math
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 
+import data
 from beyond import pretrain
 from beyond.bpe import learn_tokenizer
 from data import load_tokenizer, toy_reviews
 from lib.checkpoint import read_checkpoint
 from lib.io import BadInput
+from model import GPT, GPTConfig
 
 TINY = pretrain.Settings(
     steps=200, vocab_size=300, n_layer=1, n_head=2, n_embd=16, batch_size=2, decay=1.0
@@ -94,3 +97,16 @@ def test_a_stopped_run_ends_with_the_same_weights(archive, tmp_path, monkeypatch
 def test_the_command_reports_and_refuses_a_bad_path(tmp_path, capsys):
     assert pretrain.main(["--imdb", str(tmp_path / "missing"), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_nats_per_byte_of_a_uniform_model():
+    """Each token is predicted with probability 1 / V."""
+    tokens = data.toy_tokens()
+    tokenizer = load_tokenizer(tokens)
+    pi = GPT(GPTConfig(tokenizer.n_vocab, 24, 1, 2, 16))
+    torch.nn.init.zeros_(pi.wte.weight)
+    texts = data.openings(toy_reviews(50, 0), tokenizer, 24)
+    n = sum(len(ids) - 1 for ids in texts)
+    length = sum(len(tokenizer.decode_bytes(ids[1:-1])) for ids in texts)
+    expected = n * math.log(tokenizer.n_vocab) / length
+    assert pretrain.nats_per_byte(pi, texts, tokenizer) == pytest.approx(expected, rel=1e-3)

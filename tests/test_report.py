@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from beyond import page
+from beyond.custom_data import wilson_interval
 from lib import report
 from tiny import ROOT
 
@@ -66,7 +67,7 @@ def test_the_table_has_a_row_for_each_beta_and_dashes_for_unknown_values(toy):
 def test_figures_show_what_is_known(toy, own):
     labels = {}
     for name, run in (("toy", toy), ("own", own)):
-        ax = report.draw_frontier(run.results).axes[0]
+        ax = page.draw_frontier(run.results).axes[0]
         labels[name] = [*ax.get_legend_handles_labels()[1], ax.get_ylabel()]
     assert any("optimum of all policies" in label for label in labels["toy"])
     assert not any("optimum" in label for label in labels["own"])
@@ -78,14 +79,14 @@ def test_figures_show_what_is_known(toy, own):
 
 def test_wilson_interval_has_known_values():
     """9 of 10: (0.596, 0.982). It is symmetric, and never leaves [0, 1]."""
-    assert report.wilson_interval(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
-    low, high = report.wilson_interval(0.1, 10)
-    assert (1 - high, 1 - low) == pytest.approx(report.wilson_interval(0.9, 10))
-    assert report.wilson_interval(1.0, 5)[1] == pytest.approx(1) and low > 0
+    assert wilson_interval(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+    low, high = wilson_interval(0.1, 10)
+    assert (1 - high, 1 - low) == pytest.approx(wilson_interval(0.9, 10))
+    assert wilson_interval(1.0, 5)[1] == pytest.approx(1) and low > 0
 
 
 def test_the_summary_of_own_preferences_has_an_interval(own):
     last = report.summary(own.results).splitlines()[-1]
     point = own.results["points"][-1]
-    low, high = report.wilson_interval(point["pair_accuracy"], point["pairs"])
+    low, high = wilson_interval(point["pair_accuracy"], point["pairs"])
     assert f"{point['pairs']} pairs" in last and f"{low:.2f} to {high:.2f}" in last

@@ -33,7 +33,7 @@ def my_loss(logps, batch, beta, scale=1.0):
     return scale * scaled(losses), r_hat_w, r_hat_l
 """
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py")]
-FILES += [ROOT / "beyond" / name for name in ("custom_data.py", "convert.py")]
+FILES += [ROOT / "beyond" / name for name in ("custom_data.py", "convert.py", "monitor.py")]
 FILES = list(map(str, FILES))
 SOURCES = {path: Path(path).read_text(encoding="utf-8").splitlines(True) for path in FILES}
 TREES = {path: ast.parse("".join(lines)) for path, lines in SOURCES.items()}
@@ -106,7 +106,7 @@ def test_editing_any_definition_a_stage_executes_changes_its_key(calls, edit):
                 missed.append((name, definition[1]))
         edit({})
         assert stage_key(function, args) == before
-    assert not missed and count > 10
+    assert not missed and count > 5
 
 
 def test_changing_any_constant_a_stage_reads_changes_its_key(calls, toy, edit, monkeypatch):
@@ -164,11 +164,11 @@ DEPENDENTS = {  # all stages of the toy run that depend on a definition
     "complete": ["completions"],
     "train_dpo": DPO,
     "monitor": DPO,
-    "fast_response_logps": ["reference", "eval_set", *DPO, *EVAL],
+    "fast_response_logps": ["reference", *DPO, *EVAL],
     "fraction_of_optimal": EVAL,
     "results": [],
     "load_pairs": [],
-    "add_flag": [],
+    "parse": [],
     "run": [],
     "main": [],
 }
@@ -197,10 +197,10 @@ def keys_with(run, **settings) -> dict[str, str]:
         keys[name] = stage_key(function, args)
         return run.returned.get(name) or run.returned[name.split("-")[0] + "-0.5"]
 
-    stage.plan, stage.seconds, stage.folder = False, {}, None
+    stage.seconds, stage.folder = {}, None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.report, "write_report", lambda folder, results: None)
-        patch.setattr(train, "Stage", lambda folder, plan: stage)  # of the IMDb reviews
+        patch.setattr(train, "Stage", lambda folder: stage)  # of the IMDb reviews
         train.run(dataclasses.replace(run.cfg, **settings), stage, CPU)
     return keys
 
@@ -325,19 +325,10 @@ def test_different_values_have_different_keys_and_equal_ones_the_same():
     assert keys == [key(value) for value in DIFFERENT]
 
 
-UNKNOWN = [object(), iter([]), data.load_tokenizer(data.toy_tokens()), np.random.default_rng()]
-
-
-@pytest.mark.parametrize("value", UNKNOWN, ids=["object", "iterator", "tokenizer", "generator"])
-def test_a_value_whose_content_is_unknown_is_refused(value):
-    with pytest.raises(TypeError, match="cannot depend on"):
-        stage_key(dpo.dpo, (value,))
-
-
-def test_a_folder_is_all_files_in_it(tmp_path):
-    before = stage_key(dpo.dpo, (tmp_path,))
-    (tmp_path / "new").write_text("a")
-    assert stage_key(dpo.dpo, (tmp_path,)) != before
+@pytest.mark.parametrize("make", [lambda: (i for i in ()), lambda: open(__file__)])
+def test_a_value_without_a_content_is_refused(make):
+    with pytest.raises(TypeError, match="cannot pickle"):
+        stage_key(dpo.dpo, (make(),))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +391,7 @@ def test_a_damaged_or_foreign_file_is_computed_again(damage, run, tmp_path, monk
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     assert run() == 6 and double.calls == 2
     assert "double.pt: is damaged, and is computed again" in capsys.readouterr().out
-    assert run() == 6 and double.calls == 2 and not capsys.readouterr().out
+    assert run() == 6 and double.calls == 2 and "damaged" not in capsys.readouterr().out
     assert not Path("executed").exists()
 
 
@@ -433,16 +424,7 @@ def test_a_write_interrupted_leaves_the_old_result(run, tmp_path, monkeypatch):
     assert [run(3), run(10), run(3)] == [6, 20, 6] and double.calls == 4
 
 
-def test_a_plan_runs_nothing_and_names_what_is_cached(tmp_path):
-    double.calls = 0
-
-    def experiment(stage, y):
-        first = stage("first", double, 1)
-        stage("second", double, first["twice"])
-        pair, _ = stage("third", double, y)
-        stage("fourth", double, pair)
-
-    Stage(tmp_path)("first", double, 1)
-    plan = Stage(tmp_path, plan=True)
-    experiment(plan, 5)
-    assert double.calls == 1 and plan.describe() == "cached: first; to run: second, third, fourth"
+def test_each_stage_says_whether_it_is_cached(run, capsys):
+    run()
+    run()
+    assert capsys.readouterr().out.splitlines() == ["[double]", "[double] cached"]

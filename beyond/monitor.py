@@ -1,0 +1,44 @@
+"""A look at a policy while it trains. train.py calls it ten times in each training run."""
+
+import contextlib
+import math
+
+import torch
+
+import dpo
+from data import Dataset, load_tokenizer
+from lib.evaluate import EvalSet, agreement, measure
+from lib.io import BadInput
+from model import GPT
+
+
+@torch.no_grad()
+def monitor(
+    pi_theta: GPT,
+    pi_ref: GPT,
+    loss: dpo.Loss,
+    dataset: Dataset,
+    eval_set: EvalSet,
+    tokens: list[bytes] | None,
+    seed: int,
+) -> dict[str, object]:
+    """Metrics of about 128 held-out completions and of fresh samples, and two of the samples.
+
+    The names of the metrics of held-out pairs begin with "held_out_". They are missing for losses
+    that take other pairs.
+    """
+    pairs, found = eval_set.pairs, {}
+    n_prompts = int(pairs.prompt.max()) + 1
+    some = torch.arange(math.ceil(128 / len(pairs.ids) * n_prompts))
+    with contextlib.suppress(BadInput):  # raised by losses that take other pairs
+        metrics = agreement(pi_theta, pairs.select(some), None, loss)
+        found = {f"held_out_{name}": value for name, value in metrics.items()}
+    n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer of longer texts
+    how = load_tokenizer(tokens), dataset.eval_prompts[:n], 1, seed
+    values, texts = measure(pi_theta, pi_ref, dataset, *how)
+    shown = texts[:2]
+    if "reward" in values:
+        first = zip(values["reward"][:2, 0], shown, strict=True)
+        shown = [f"r* {r:+.2f} | {text}" for r, text in first]
+    means = {name: value.double().mean().item() for name, value in values.items()}
+    return found | means | {"samples": shown}
