@@ -168,38 +168,33 @@ def sample(
     logps = torch.zeros(ids.shape, device=pi.device)
     rows = torch.arange(len(prompts), device=pi.device)  # those that have not ended
     cache, new = pi.new_cache(len(prompts)), ids[:, :start]
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=pi.device)
-
-    # All rows start where the shortest prompt ends. A row that is still inside its prompt takes the
-    # prompt's next token instead of a sampled one, so no row needs padding on the left.
     for t in range(start, context):
         logits = pi.head(pi.hidden(new, cache, t - new.size(1))[:, -1]).float()  # (rows, V)
-        y = draw((logits / temperature).softmax(-1), generator)  # (rows,)
-        y = y.masked_fill(ended, end)
-        in_prompt = t < lengths[rows]
-        y = torch.where(in_prompt, ids[rows, t], y)
-        ids[rows, t] = y
-        new = y[:, None]
-        logps[rows, t] = logits.gather(1, new)[:, 0] - logits.logsumexp(-1)
-        ended |= ~in_prompt & (y == end)
+        y = draw((logits / temperature).softmax(-1), generator)  # (rows, 1)
+        new = torch.where((t < lengths[rows])[:, None], ids[rows, t, None], y)  # prompt or sample
+        ids[rows, t] = new[:, 0]
+        logps[rows, t] = logits.gather(1, new)[:, 0] - logits.logsumexp(1)
         if t % 8 == 0:  # drop rows that have ended; not at every token, as that copies the cache
-            going = (~ended).nonzero()[:, 0]
+            going = (count_ends(ids[rows, : t + 1], lengths[rows], end)[:, -1] == 0).nonzero()[:, 0]
             if len(going) == 0:
                 break
-            rows, new, ended = rows[going], new[going], ended[going]
-            cache = cache.index_select(2, going)
-
-    response = torch.arange(context, device=pi.device) >= lengths[:, None]
-    ends = response & (ids == end)
-    mask = response & (ends.cumsum(1) - ends.long() == 0)  # through the first end token
-    return ids.cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()
+            rows, new, cache = rows[going], new[going], cache.index_select(2, going)
+    after = F.pad(count_ends(ids, lengths, end), (1, -1)) > 0
+    mask = (torch.arange(context, device=pi.device) >= lengths[:, None]) & ~after
+    return ids.masked_fill(after, end).cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()
 
 
 def draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index for each row of probabilities (B, V), by inverting their cumulative sum: (B,).
+    """One index for each row of probabilities (B, V), by inverting their cumulative sum: (B, 1).
 
     This is much faster than `torch.multinomial`.
     """
     cdf = p.cumsum(-1)
     u = torch.rand(len(p), 1, generator=generator, device=p.device) * cdf[:, -1:]
-    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=p.size(1) - 1)
+    return torch.searchsorted(cdf, u, right=True).clamp(max=p.size(1) - 1)
+
+
+def count_ends(ids: Tensor, lengths: Tensor, end: int) -> Tensor:
+    """How many end tokens each response has up to each position: (B, T)."""
+    in_response = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]
+    return (in_response & (ids == end)).cumsum(1)

@@ -41,7 +41,7 @@ class Config:
 
     # fmt: off
     data: str = flag("toy", "toy, imdb, or a file of your own preferences")
-    imdb: Path | None = flag(None, "the IMDb archive (downloaded)", type=cli.existing_path)
+    imdb: Path | None = flag(None, "the IMDb archive; downloaded if omitted", type=Path)
     init: str = flag("", "checkpoint to start from, or gpt2")
     from_scratch: bool = flag(False, "use random weights, and the tokenizer of --init")
     loss: str = flag("dpo", "a loss of beyond/losses.py, or FILE.py:FUNCTION")
@@ -88,15 +88,14 @@ def load_dataset(cfg: Config, stage: Stage, tokens: list[bytes] | None) -> data.
     """The toy reviews, IMDb's, or preferences from a file. Raises BadInput if they are unusable."""
     reviews = 0 if sft_settings(cfg)[0] == 0 else cfg.reviews
     sizes = data.Sizes(cfg.prompts, cfg.eval_prompts, cfg.context, reviews)
-    if cfg.data not in ("toy", "imdb"):
+    with open_user_file(Path(cfg.data), "a dataset"):
+        if cfg.data == "toy":
+            return stage("dataset", data.load_toy, sizes, cfg.seed, tokens)
+        if cfg.data == "imdb":
+            found = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
+            return stage("dataset", data.load_imdb, found, REWARD, sizes, cfg.seed, tokens)
         load_pairs = find("load_pairs", "beyond.custom_data")
         return stage("dataset", load_pairs, Path(cfg.data), sizes, cfg.seed, tokens)
-    load, source = data.load_toy, ()
-    if cfg.data == "imdb":
-        reviews = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
-        load, source = data.load_imdb, (reviews, REWARD)
-    with open_user_file(Path(cfg.data), "a dataset"):
-        return stage("dataset", load, *source, sizes, cfg.seed, tokens)
 
 
 def load_reviews(path: Path | None, stage: Stage) -> dict[str, list[str]]:

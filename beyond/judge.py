@@ -127,8 +127,8 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(prog="beyond.judge", description=__doc__, formatter_class=style)
-    parser.add_argument("run", type=cli.existing_path, help="the folder of a finished run")
-    parser.add_argument("--imdb", type=cli.existing_path, help="the IMDb archive or its folder")
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--imdb", type=Path, help="the IMDb archive")
     parser.add_argument("--samples", type=cli.at_least(1), default=16, metavar="N")
     args = parser.parse_args(argv)
     try:

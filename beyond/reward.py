@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def accuracy(reward: WordReward, reviews: dict[str, list[str]]) -> float:
 def main(argv: list[str]) -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(prog="beyond.reward", description=__doc__, formatter_class=style)
-    parser.add_argument("--imdb", type=cli.existing_path, help="the IMDb archive")
+    parser.add_argument("--imdb", type=Path, help="the IMDb archive")
     args = parser.parse_args(argv)
     try:
         reviews = load_reviews(args.imdb, Stage(cache_dir() / "imdb"))

@@ -28,12 +28,6 @@ def usable_device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"this machine has no device {name!r}") from None
 
 
-def existing_path(text: str) -> Path:
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such file or folder")
-    return Path(text)
-
-
 def at_least(low: float) -> Callable[[str], float]:
     """A number of the type of `low`."""
 
@@ -80,8 +74,6 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
     parser.add_argument("--debug", action="store_true", help="show the traceback of any error")
 
     dataset = parser.parse_args(argv).data
-    if dataset not in ("toy", "imdb") and not Path(dataset).is_file():
-        parser.error(f"--data {dataset}: there is no such file")
     parser.set_defaults(**presets.get(dataset if dataset in ("toy", "imdb") else "own", {}))
     args = parser.parse_args(argv)
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(settings)}

@@ -59,14 +59,14 @@ IMDB = "--data imdb --imdb bad.file --init good.pt --context 24".split()
 LOSS = ["--loss", "bad.py:f"]
 INIT = "--init bad.file --context 24".split()
 BAD_FILES = {  # flags, the content of bad.file (None: there is none), a part of the message
-    "own, missing": (OWN, None, "no such file"),
-    "own, a folder": (["--data", "."], None, "no such file"),
+    "own, missing": (OWN, None, "cannot be read as a dataset"),
+    "own, a folder": (["--data", "."], None, "cannot be read as a dataset"),
     "own, blank": (OWN, b"\n \n\n", "no rows"),
     "own, truncated": (OWN, lines(pairs(3))[:-20], "line 3: is not JSON"),
     "own, empty prompt": (OWN, third(prompt=""), "line 3: prompt is missing, empty"),
     "own, one prompt": (OWN, lines(pairs(2)), "two different prompts"),
     "own, none fits": ([*OWN, "--context", "8"], lines(pairs()), "--context 8"),
-    "imdb, missing": (IMDB, None, "there is no such file"),
+    "imdb, missing": (IMDB, None, "cannot be read as the IMDb archive"),
     "imdb, empty": (IMDB, b"", "as the IMDb archive"),
     "imdb, text": (IMDB, b"not an archive", "as the IMDb archive"),
     "imdb, truncated": (IMDB, archive()[:-700], "as the IMDb archive"),
