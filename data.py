@@ -123,7 +123,7 @@ def toy_reviews(n: int, seed: int) -> list[str]:
     rng = random.Random(seed)
 
     def expand(text: str) -> str:
-        return re.sub("[A-Z]+", lambda name: expand(rng.choice(GRAMMAR[name[0]])), text)
+        return re.sub("[A-Z]+", lambda match: expand(rng.choice(GRAMMAR[match[0]])), text)
 
     return [expand("REVIEW") for _ in range(n)]
 
@@ -138,10 +138,9 @@ def toy_tokens() -> list[bytes]:
 
 def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
     """Reviews of the grammar: some for pi_ref, others for prompts, and others for evaluation."""
-    n = sizes.reviews
-    n_prompts = 2 * sizes.prompts
-    texts = toy_reviews(n + n_prompts + 4 * sizes.eval_prompts + 500, seed)
-    parts = texts[:n], texts[n : n + n_prompts], texts[n + n_prompts :]
+    n, m = sizes.reviews, sizes.reviews + 2 * sizes.prompts
+    texts = toy_reviews(m + 4 * sizes.eval_prompts + 500, seed)
+    parts = texts[:n], texts[n:m], texts[m:]
     split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
     return Dataset(**split, reward=WordReward(WEIGHT))
 
@@ -221,10 +220,9 @@ def split_reviews(tokenizer, sft_texts, prompt_texts, eval_texts, sizes: Sizes, 
     held_out = openings([t for t in eval_texts if t not in seen], tokenizer, sizes.context)
     eval_prompts = dict.fromkeys(map(tuple, cut_prompts(held_out, tokenizer, rng)))
     eval_prompts = [list(x) for x in eval_prompts][: sizes.eval_prompts]
-    taken = set(map(tuple, eval_prompts))
-    prompts = [x for x in cut_prompts(asked, tokenizer, rng) if tuple(x) not in taken]
+    prompts = [x for x in cut_prompts(asked, tokenizer, rng) if x not in eval_prompts]
     found = f"{len(prompts):,} prompts and {len(eval_prompts)} evaluation prompts"
-    if not prompts or len(eval_prompts) < sizes.eval_prompts or len(sft) < bool(sft_texts):
+    if not prompts or len(eval_prompts) < sizes.eval_prompts or (sft_texts and not sft):
         raise ValueError(f"too few reviews fit in --context {sizes.context}: {found}")
     if len(prompts) < sizes.prompts:
         print(f"there are only {found}")
@@ -255,7 +253,7 @@ def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> 
 
 
 def cut_prompts(texts: list[list[int]], tokenizer, rng: random.Random) -> list[list[int]]:
-    """The first 2 to 8 tokens of each text, cut where a word ends. Other texts are left out."""
+    """The first 2 to 8 tokens of each text, cut where a word ends, if there is such a place."""
     starts_word = [token.startswith(b" ") for token in token_bytes(tokenizer)]
     places = [[n for n in range(2, min(9, len(ids))) if starts_word[ids[n]]] for ids in texts]
     return [ids[: rng.choice(some)] for ids, some in zip(texts, places, strict=True) if some]
@@ -288,9 +286,8 @@ def label_pairs(
     tie = different & (r[first] == r[second])
     weight, keep = torch.ones(len(pairs)), different
     if labels == "argmax":
-        pairs = torch.where((r[first] < r[second])[:, None], pairs.flip(1), pairs)
-        keep = different & ~tie
-    elif labels == "soft":
+        p, keep = (r[first] > r[second]).float(), different & ~tie
+    if labels == "soft":
         pairs, weight = torch.cat((pairs, pairs.flip(1))), torch.cat((p, 1 - p))
         keep = different.repeat(2)
     else:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class GPTConfig:
     vocab_size: int  # V, including the end token
-    context: int = 48  # maximum number of tokens, prompt and response together
-    n_layer: int = 4
-    n_head: int = 6  # nh
-    n_embd: int = 192  # C = nh * hs
+    context: int  # maximum number of tokens, prompt and response together
+    n_layer: int
+    n_head: int  # nh
+    n_embd: int  # C = nh * hs
     bias_scale: float = 0  # of the bias of each token's logit; 0 for none, as in GPT-2
 
 
@@ -38,7 +38,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     T, S = q.size(2), k.size(2)
     if q.is_cuda and T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # On a CPU, explicit products are faster than the fused kernel at the lengths used here.
+    # With a cache, and on a CPU, where products are faster than the fused kernel at these lengths.
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, nh, T, S)
     future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)
     return (scores + future).softmax(-1).to(v.dtype) @ v
@@ -163,11 +163,12 @@ def sample(
     lengths = torch.tensor([len(x) for x in prompts], device=pi.device)
     start, context = int(lengths.min()), pi.config.context
     if start < 1 or lengths.max() >= context:
-        raise ValueError(f"a prompt needs 1 to {context - 1} tokens, not {lengths.max()}")
+        raise ValueError(f"prompts need 1 to {context - 1} tokens, not {start} to {lengths.max()}")
     ids = torch.tensor([x + [end] * (context - len(x)) for x in prompts], device=pi.device)
     logps = torch.zeros(ids.shape, device=pi.device)
     rows = torch.arange(len(prompts), device=pi.device)  # those that have not ended
     cache, new = pi.new_cache(len(prompts)), ids[:, :start]
+    response = torch.arange(context, device=pi.device) >= lengths[:, None]  # (B, context)
     for t in range(start, context):
         logits = pi.head(pi.hidden(new, cache, t - new.size(1))[:, -1]).float()  # (rows, V)
         y = draw((logits / temperature).softmax(-1), generator)  # (rows, 1)
@@ -175,12 +176,13 @@ def sample(
         ids[rows, t] = new[:, 0]
         logps[rows, t] = logits.gather(1, new)[:, 0] - logits.logsumexp(1)
         if t % 8 == 0:  # drop rows that have ended; not at every token, as that copies the cache
-            going = (count_ends(ids[rows, : t + 1], lengths[rows], end)[:, -1] == 0).nonzero()[:, 0]
+            ended = (response & (ids == end))[rows, : t + 1].any(1)
+            going = (~ended).nonzero()[:, 0]
             if len(going) == 0:
                 break
             rows, new, cache = rows[going], new[going], cache.index_select(2, going)
-    after = F.pad(count_ends(ids, lengths, end), (1, -1)) > 0
-    mask = (torch.arange(context, device=pi.device) >= lengths[:, None]) & ~after
+    after = F.pad((response & (ids == end)).cumsum(1), (1, -1)) > 0
+    mask = response & ~after
     return ids.masked_fill(after, end).cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()
 
 
@@ -192,9 +194,3 @@ def draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
     cdf = p.cumsum(-1)
     u = torch.rand(len(p), 1, generator=generator, device=p.device) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).clamp(max=p.size(1) - 1)
-
-
-def count_ends(ids: Tensor, lengths: Tensor, end: int) -> Tensor:
-    """How many end tokens each response has up to each position: (B, T)."""
-    in_response = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]
-    return (in_response & (ids == end)).cumsum(1)

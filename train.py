@@ -23,7 +23,7 @@ from lib import cli, evaluate, report
 from lib.checkpoint import load_gpt, read_checkpoint, resize_context, to_checkpoint
 from lib.cli import flag
 from lib.extension import find, load_loss
-from lib.inference import collate, fast_response_logps, generate, with_ref_logps
+from lib.inference import LOCAL, Inference, collate, fast_response_logps, with_ref_logps
 from lib.io import BadInput, cache_dir, download, open_user_file
 from lib.optim import OPTIMIZERS, linear_warmup_decay, random_batches
 from lib.stage import Stage
@@ -141,7 +141,7 @@ def sft(checkpoint: dict, texts: list[list[int]], steps: int | None, batch_size:
     """Fine-tune a model on texts: AdamW on the mean cross-entropy per token. Returns pi_ref."""
     steps = sft_steps(len(texts), steps, batch_size)
     pi = load_gpt(checkpoint, device)
-    weights = [p for name, p in pi.named_parameters() if name != "bias"]  # which is for DPO
+    weights = [p for name, p in pi.named_parameters() if name != "bias"]  # only DPO trains it
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(steps))
     epochs = math.ceil(steps * batch_size / max(1, len(texts)))
@@ -156,19 +156,20 @@ def sft(checkpoint: dict, texts: list[list[int]], steps: int | None, batch_size:
         schedule.step()
         bar.set_postfix_str(f"{loss:.2f} nats per token", refresh=False)
     if not all(p.isfinite().all() for p in pi.parameters()):
-        raise BadInput("fine-tuning diverged")
+        raise BadInput("fine-tuning diverged: choose another --init or --seed")
     return to_checkpoint(pi, checkpoint["tokens"])
 
 
 # -------------------------------------------------- 3. completions and preferences
 
 
-def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device: torch.device):
+def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device: torch.device,
+             infer: Inference = LOCAL):  # fmt: skip
     """K completions of pi_ref for each prompt: (ids, mask, logps) (P K, T), and rewards (P, K)."""
-    pi_ref = load_gpt(reference, device)
-    tokenizer = data.load_tokenizer(reference["tokens"])
+    pi_ref, tokenizer = infer.load(reference, device), data.load_tokenizer(reference["tokens"])
     prompts = [x for x in dataset.prompts for _ in range(K)]
-    ids, mask, logps = generate(pi_ref, prompts, tokenizer.eot_token, seed, "sampling completions")
+    how = tokenizer.eot_token, seed, "sampling completions"
+    ids, mask, logps = infer.generate(pi_ref, prompts, *how)
     rewards = dataset.reward(data.decode_rows(ids, mask, tokenizer)).view(-1, K)
     return (ids, mask, logps), rewards
 
@@ -201,7 +202,7 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
     If it has samples, they are printed at four of these times.
     """
     if not len(preferences.pairs):
-        raise BadInput("there are no pairs: the completions of each prompt are equally good")
+        raise BadInput("there are no pairs: all completions are equally good or identical")
     pi_theta, pi_ref = load_gpt(reference, device), load_gpt(reference, device)
     batches = how.batches(preferences)
     steps, curves = len(batches), []
@@ -255,7 +256,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
     look = partial(find("monitor", "beyond.monitor"), **watched)
     runs, results = {}, {}
     for beta in cfg.beta:
-        lr = cfg.lr * beta**-1.25  # the optimum's log-ratios grow as beta falls
+        lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls; the exponent is tuned
         how = Training(cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
         args = preferences, partial(loss, beta=beta), how, look, device
         policy = stage(f"dpo-{beta:g}", train_dpo, reference, *args)

@@ -65,6 +65,7 @@ OFFERS = {
     "orpo_loss": "(logp_w, logp_l, length_w, length_l) -> the odds-ratio losses",
     "kto_reference_point": "(logp, ref_logp, mismatched_logp, mismatched_ref_logp) -> scalar",
 }
+BASIC = ("response_logps", "dpo_loss")  # other functions are usually built on these
 DERIVED = ("implicit_rewards", "log_partition")  # further outputs of dpo_loss and optimal_policy
 THEOREMS = (  # modules in tests/theorems/, in the order of the report
     "test_logps",
@@ -292,6 +293,9 @@ def shown(x) -> str:
         return f"({', '.join(map(shown, x))})"
     if isinstance(x, dict):
         return ", ".join(f"{key}={shown(value)}" for key, value in x.items())
+    if isinstance(x, torch.nn.Module):
+        kinds = {"Positional": "logits by position", "Bigram": "logits by the current token"}
+        return f"<a model: {kinds.get(type(x).__name__, type(x).__name__)}>"
     simple = isinstance(x, int | float | str)
     return str(rounded(x)) if simple else f"<{type(x).__name__}>"
 
@@ -347,7 +351,9 @@ def report(results: list[Result]) -> str:
     if others:
         line = f"Not offered, so not checked: {', '.join(others)}"
         blocks.append(textwrap.fill(line, 100, subsequent_indent="    "))
-    explained = [explanation(result, results) for result in diagnoses(results)]
+    found = diagnoses(results)
+    causes = [r.function for r in found if r.function in BASIC]
+    explained = [explanation(r, results, causes) for r in found]
     counts = {
         outcome: sum(r.outcome == outcome for r in results)
         for outcome in ("holds", "fails", "not offered")
@@ -357,7 +363,9 @@ def report(results: list[Result]) -> str:
 
 
 def listing(function: str, results: list[Result]) -> str:
-    lines = [f"  {result.outcome:12}{statement(result.name)}" for result in results]
+    """Each statement about a function, failures first."""
+    ordered = sorted(results, key=lambda result: result.outcome)
+    lines = [f"  {result.outcome:12}{statement(result.name)}" for result in ordered]
     return "\n".join([f"{function}{OFFERS.get(function, '')}", *lines])
 
 
@@ -365,10 +373,16 @@ def statement(name: str) -> str:
     return name.removeprefix("test_").replace("_", " ")
 
 
-def explanation(result: Result, results: list[Result]) -> str:
-    """A failure in the user's terms: mistake, equation, counterexample, fix."""
+def explanation(result: Result, results: list[Result], causes: list[str]) -> str:
+    """A failure in the user's terms: mistake, equation, counterexample, fix.
+
+    causes: functions that fail and that the others are usually built on.
+    """
     others = [r for r in results if r.outcome == "fails" and r.function == result.function]
     found = getattr(result.theorem, "mistake", None)
+    if causes and result.function not in BASIC:
+        count = f"{len(others)} statement{'s' * (len(others) > 1)} fail{'s' * (len(others) == 1)}"
+        return f"== {result.function}: {count}. Fix {' and '.join(causes)} first, and run again."
     lines = [f"== {result.function}: {found.name if found else statement(result.name)}"]
     if found and found.pitfall:
         lines.append(f"Pitfall {found.pitfall} of the list in tests/README.md.")

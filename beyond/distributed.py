@@ -9,15 +9,16 @@ averages gradients over processes, so each process computes
 
     N / W sum_{i in its share} w_i loss_i
 
-Completions are sampled in shares of prompts, each chunk of prompts with its own seed. All other
-stages run on process 0, as in train.py. So results depend on N by rounding only.
+Samples, log-probabilities and KL are computed by sharded models in shares of prompts or rows. Each
+chunk of prompts has its own seed. So results depend on N by rounding only.
 
-What this file leaves out: sharded fine-tuning and inference; losses that couple prompts; gradient
-accumulation; Muon. See docs/scale.md.
+What this file leaves out: sharded fine-tuning; losses that couple prompts; Muon, because AdamW and
+SGD work on sharded matrices as they are. See docs/scale.md.
 """
 
 import contextlib
 import datetime
+import inspect
 import json
 import math
 import os
@@ -25,22 +26,20 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial, wraps
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import dpo
 import train
+from beyond.sharded import SHARED, gather, logps_in_parts, shard
 from lib import cli, optim, report
-from lib.checkpoint import load_gpt
 from lib.io import BadInput
 from lib.extension import load_loss
 from lib.stage import Stage, stage_key
@@ -52,9 +51,10 @@ OPTIMIZERS = optim.OPTIMIZERS | {"sgd": partial(torch.optim.SGD, momentum=0.9)}
 
 @dataclass(frozen=True)
 class Settings(train.Config):
-    """Those of train.py, and four that change results by rounding only."""
+    """Those of train.py, and five that change results by rounding only."""
 
     checkpoint_every: int = cli.flag(100, "DPO steps between distributed checkpoints", 1)
+    accumulate: int = cli.flag(1, "parts in which each process computes its share of a batch", 1)
     checkpoint_activations: bool = cli.flag(False, "recompute activations in the backward pass")
     compile: bool = cli.flag(False, "compile each block with torch.compile")
     replicate: int = cli.flag(1, "copies of the sharded model, for instance one per node", 1)
@@ -63,45 +63,18 @@ class Settings(train.Config):
 Job = tuple[Settings, Path]  # and the folder of a training run's distributed checkpoints
 
 
-# -------------------------------------------------- sharded models
-
-
-def shard(checkpoint: dict, device: torch.device, settings: Settings) -> GPT:
-    """The model of a checkpoint, sharded over all processes, or within each of G groups."""
-    N, G = dist.get_world_size(), settings.replicate
-    if N % G:
-        raise BadInput(f"--replicate {G}: must divide the number of processes, {N}")
-    mesh = dist.init_device_mesh(device.type, (G, N // G), mesh_dim_names=("replicate", "shard"))
-    how = {"mesh": mesh if G > 1 else mesh["shard"]}
-    if device.type == "cuda":
-        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    pi = load_gpt(checkpoint, torch.device("cpu"))  # fully_shard moves the shards to the device
-    pi.bf16 = optim.bf16_supported(device)
-    for i, block in enumerate(pi.h):
-        if settings.checkpoint_activations:
-            block = checkpoint_wrapper(block)
-        if settings.compile:
-            block.compile(dynamic=True)
-        pi.h[i] = fully_shard(block, **how)
-    return fully_shard(pi, **how)
-
-
-def gather(pi: GPT, checkpoint: dict) -> dict:
-    """`checkpoint` with the weights of a sharded model, whole, on every process."""
-    options = state_dict.StateDictOptions(full_state_dict=True)
-    weights = state_dict.get_model_state_dict(pi, options=options)
-    return checkpoint | {"weights": {name: weight.cpu() for name, weight in weights.items()}}
+# -------------------------------------------------- training
 
 
 def train_sharded(pi: GPT, preferences: dpo.Preferences, loss: dpo.Loss, optimizer,
-                  batches: list[torch.Tensor], lr: float, job: Job, what: str):  # fmt: skip
+                  batches: list[torch.Tensor], lr: float, job: Job):  # fmt: skip
     """As `dpo.train`, for all processes, with warmup, decay and distributed checkpoints.
 
     Yields the metrics of whole batches as floats, also those of the steps before a resumption.
     """
     rank, N, steps = dist.get_rank(), dist.get_world_size(), len(batches)
     if min(map(len, batches)) < N:
-        raise BadInput(f"{what}: a batch is smaller than the number of processes, {N}")
+        raise BadInput(f"a batch is smaller than the number of processes, {N}")
     settings, folder = job
     multiplier = optim.linear_warmup_decay(steps)
     rows = load(folder, pi, optimizer)
@@ -117,14 +90,15 @@ def train_sharded(pi: GPT, preferences: dpo.Preferences, loss: dpo.Loss, optimiz
         dist.all_reduce(total := weight.sum())
         return weight * (N / total)
 
-    how = {"logps_fn": dpo.response_logps, "normalize": normalize}
+    logps_fn = partial(logps_in_parts, parts=settings.accumulate)
+    how = {"logps_fn": logps_fn, "normalize": normalize}
     records = dpo.train(pi, preferences, loss, optimizer, shares(), **how)
-    for metrics in tqdm(records, what, steps, initial=len(rows), disable=rank > 0):
+    for metrics in tqdm(records, "training", steps, initial=len(rows), disable=rank > 0):
         grad_norm = metrics.pop("grad_norm").full_tensor()
         dist.all_reduce(means := torch.stack([*metrics.values()]) / N)
         row = dict(zip(metrics, means.tolist(), strict=True)) | {"grad_norm": grad_norm.item()}
         if not math.isfinite(row["loss"] + row["grad_norm"]):
-            raise BadInput(f"{what} diverged at step {len(rows) + 1}: lower --lr")
+            raise BadInput(f"training diverged at step {len(rows) + 1}: lower --lr")
         rows.append(row)
         yield row  # the caller may add to it
         if len(rows) % settings.checkpoint_every == 0:
@@ -153,64 +127,48 @@ def load(folder: Path, pi: GPT, optimizer: torch.optim.Optimizer) -> list[dict]:
     return json.loads(state["rows"])
 
 
-# -------------------------------------------------- stages that run on all processes
-
-
-def complete(reference: dict, dataset, K: int, seed: int, device: torch.device, _: Job):
-    """As `train.complete`, in shares of prompts. Each chunk of prompts has its own seed."""
-    rank, N, starts = dist.get_rank(), dist.get_world_size(), range(0, len(dataset.prompts), 256)
-    own = []
-    for i in starts[rank::N]:
-        chunk = replace(dataset, prompts=dataset.prompts[i : i + 256])
-        own.append(train.complete(reference, chunk, K, seed * 10**6 + i, device))
-    dist.all_gather_object(shares := [[]] * N, own)
-    parts = [shares[i % N][i // N] for i in range(len(starts))]
-    completions, rewards = zip(*parts, strict=True)
-    return tuple(map(torch.cat, zip(*completions, strict=True))), torch.cat(rewards)
-
-
 def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how: train.Training,
               look: Callable[..., dict], device: torch.device, job: Job) -> dict:  # fmt: skip
     """As `train.train_dpo`."""
-    pi_theta, batches = shard(reference, device, job[0]), how.batches(preferences)
-    steps, curves = len(batches), []
-    opt = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
-    for row in train_sharded(pi_theta, preferences, loss, opt, batches, how.lr, job, "training"):
+    s, _ = job
+    how_sharded = s.replicate, s.checkpoint_activations, s.compile
+    pi_theta, pi_ref = shard(reference, device, *how_sharded), shard(reference, device, s.replicate)
+    batches, curves = how.batches(preferences), []
+    optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
+    for row in train_sharded(pi_theta, preferences, loss, optimizer, batches, how.lr, job):
         curves.append(row)
-        tenth = len(curves) * 10 // steps > (len(curves) - 1) * 10 // steps
-        if tenth and "kl" not in row:
-            policy = gather(pi_theta, reference)
-            if dist.get_rank() == 0:
-                row |= look(load_gpt(policy, device), load_gpt(reference, device), loss)
+        step, steps = len(curves), len(batches)
+        if step * 10 // steps > (step - 1) * 10 // steps and "kl" not in row:
+            row |= look(pi_theta, pi_ref, loss, infer=SHARED)
     return gather(pi_theta, reference) | {"curves": curves}
-
-
-PARALLEL = {train.complete: complete, train.train_dpo: train_dpo}
 
 
 # -------------------------------------------------- process 0 leads, and the others follow
 
 
 class ParallelStage(Stage):
-    """Process 0's cache. It calls the functions in PARALLEL on all processes."""
+    """Process 0's cache. DPO, and functions with a parameter `infer`, run on all processes."""
 
     def __init__(self, folder: Path, settings: Settings):
         super().__init__(folder)
         self.settings = settings
 
     def __call__(self, name: str, function: Callable, *args: object):
-        if function not in PARALLEL:
-            return super().__call__(name, function, *args)
-        function = PARALLEL[function]
+        if function is train.train_dpo:
+            function = train_dpo
+        elif "infer" in inspect.signature(function).parameters:
+            function = partial(function, infer=SHARED)
+        return super().__call__(name, function, *args)
 
-        @wraps(function)  # so that the key covers its code
-        def on_all_processes(*args: object):
+    def run(self, function: Callable, *args: object):
+        if function is train_dpo:
             folder = self.folder.absolute() / "checkpoints" / stage_key(function, args)
-            call = partial(function, *args, (self.settings, folder))
-            dist.broadcast_object_list([call])
-            return call()
-
-        return super().__call__(name, on_all_processes, *args)
+            args = *args, (self.settings, folder)
+        elif not isinstance(function, partial):
+            return function(*args)
+        call = partial(function, *args)
+        dist.broadcast_object_list([call])
+        return call()
 
 
 def lead(args, settings: Settings) -> str:

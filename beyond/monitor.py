@@ -8,6 +8,7 @@ import torch
 import dpo
 from data import Dataset, load_tokenizer
 from lib.evaluate import EvalSet, agreement, measure
+from lib.inference import LOCAL, Inference
 from lib.io import BadInput
 from model import GPT
 
@@ -21,6 +22,7 @@ def monitor(
     eval_set: EvalSet,
     tokens: list[bytes] | None,
     seed: int,
+    infer: Inference = LOCAL,
 ) -> dict[str, object]:
     """Metrics of about 128 held-out completions and of fresh samples, and two of the samples.
 
@@ -31,10 +33,10 @@ def monitor(
     n_prompts = int(pairs.prompt.max()) + 1
     some = torch.arange(math.ceil(128 / len(pairs.ids) * n_prompts))
     with contextlib.suppress(BadInput):  # raised by losses that take other pairs
-        metrics = agreement(pi_theta, pairs.select(some), None, loss)
+        metrics = agreement(pi_theta, pairs.select(some), None, loss, infer)
         found = {f"held_out_{name}": value for name, value in metrics.items()}
     n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer of longer texts
-    how = load_tokenizer(tokens), dataset.eval_prompts[:n], 1, seed
+    how = load_tokenizer(tokens), dataset.eval_prompts[:n], 1, seed, infer
     values, texts = measure(pi_theta, pi_ref, dataset, *how)
     shown = texts[:2]
     if "reward" in values:

@@ -5,6 +5,7 @@ import dataclasses
 import platform
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +35,7 @@ def at_least(low: float) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = type(low)(text)
         if not low <= value < 2**32:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}")
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}, below {2**32}")
         return value
 
     return number
@@ -62,12 +63,15 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
     parser = Parser(prog, f"{prog} [flags]", doc, formatter_class=style, allow_abbrev=False)
     for field in dataclasses.fields(settings):
-        name, text = field.name, field.metadata["help"]
-        parser.set_defaults(**{name: field.default})
+        name, text, default = field.name, field.metadata["help"], field.default
+        parser.set_defaults(**{name: default})
         if text:
-            values = {data: preset[name] for data, preset in presets.items() if name in preset}
-            text += shown({"": field.default} | values)
+            text += f" ({default})" if default else ""
             parser.add_argument("--" + name.replace("_", "-"), help=text, **field.metadata["how"])
+    for name, preset in presets.items():
+        values = ", ".join(f"{key} = {value}" for key, value in preset.items())
+        text = textwrap.fill(f"defaults for --data {name}: {values}", 100)
+        parser.epilog = f"{parser.epilog or ''}{text}\n"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda or mps")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all output (out)")
@@ -81,16 +85,6 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
         if isinstance(value, list):
             given[name] = tuple(dict.fromkeys(value))
     return args, settings(**given)
-
-
-def shown(defaults: dict[str, object]) -> str:
-    """Defaults for --help. The first one has an empty name."""
-    texts = []
-    for name, value in defaults.items():
-        text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        if value not in (None, False, "", ()):
-            texts.append(f"{name}: {Path(text).name}" if name else text)
-    return f" ({'; '.join(texts)})" if texts else ""
 
 
 def machine(device: torch.device) -> dict[str, object]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import dpo
 from data import Dataset, decode_rows, label_pairs, load_tokenizer
-from lib.checkpoint import load_gpt
-from lib.inference import compute_logps, generate, mean_kl
+from lib.inference import LOCAL, Inference
 from model import GPT
 
 BETAS = np.geomspace(20, 0.05, 80)  # where the optimal frontier is estimated
@@ -41,19 +40,21 @@ class EvalSet:
     gap: Tensor | None  # r*(y_w) - r*(y_l) of each pair, (n,) nats
 
 
-def make_eval_set(dataset: Dataset, pairs, reference: dict, cfg: EvalConfig, device) -> EvalSet:
+def make_eval_set(dataset: Dataset, pairs, reference: dict, cfg: EvalConfig, device,
+                  infer: Inference = LOCAL) -> EvalSet:  # fmt: skip
     """Sample pi_ref on the held-out prompts. `pairs`: None to form them from the samples."""
-    pi_ref, tokenizer = load_gpt(reference, device), load_tokenizer(reference["tokens"])
-    N, K = cfg.ref_samples, cfg.completions
+    pi_ref, tokenizer = infer.load(reference, device), load_tokenizer(reference["tokens"])
+    N, K = cfg.ref_samples, min(cfg.completions, 16)
     prompts = [x for x in dataset.eval_prompts for _ in range(N)]
-    ids, mask, logps = generate(pi_ref, prompts, tokenizer.eot_token, cfg.seed, "sampling pi_ref")
+    how = tokenizer.eot_token, cfg.seed, "sampling pi_ref"
+    ids, mask, logps = infer.generate(pi_ref, prompts, *how)
     texts = decode_rows(ids, mask, tokenizer)
-    about = {"length": mask.sum(1).double().mean().item()}
+    about = mean_and_se("length", mask.sum(1).view(-1, N))
     if dataset.reward is None:
         return EvalSet(about, texts[::N], None, pairs, None)
     rewards = dataset.reward(texts).view(-1, N)
     about |= mean_and_se("reward", rewards) | mean_and_se("p_positive", rewards.sigmoid())
-    used = min(N, 16) // K * K
+    used = 16 // K * K
     rows = torch.arange(len(ids)) % N < used
     r = rewards[:, :used].reshape(-1, K)
     pairs, _ = label_pairs((ids[rows], mask[rows], logps[rows]), r, cfg.labels, cfg.seed)
@@ -62,13 +63,13 @@ def make_eval_set(dataset: Dataset, pairs, reference: dict, cfg: EvalConfig, dev
 
 
 def measure(pi_theta: GPT, pi_ref: GPT, dataset: Dataset, tokenizer, prompts: list[list[int]],
-            M: int, seed: int) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+            M: int, seed: int, infer: Inference):  # fmt: skip
     """Sample M responses to each prompt. Returns their metrics, (P, M) each, and texts."""
     repeated = [x for x in prompts for _ in range(M)]
     how = tokenizer.eot_token, seed, "sampling pi_theta"
-    ids, mask, logps = generate(pi_theta, repeated, *how)
+    ids, mask, logps = infer.generate(pi_theta, repeated, *how)
     texts = decode_rows(ids, mask, tokenizer)
-    values = {"kl": mean_kl(pi_theta, pi_ref, ids, mask)}
+    values = {"kl": infer.mean_kl(pi_theta, pi_ref, ids, mask)}
     values |= {"length": mask.sum(1), "entropy": -logps.sum(1)}
     if dataset.reward is not None:
         r = dataset.reward(texts)
@@ -76,18 +77,18 @@ def measure(pi_theta: GPT, pi_ref: GPT, dataset: Dataset, tokenizer, prompts: li
     return {name: value.view(-1, M) for name, value in values.items()}, texts
 
 
-def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: EvalSet,
-                    beta: float, cfg: EvalConfig, device) -> dict:  # fmt: skip
+def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: EvalSet, beta: float,
+                    cfg: EvalConfig, device, infer: Inference = LOCAL) -> dict:  # fmt: skip
     """Sample pi_theta on the held-out prompts, and compare it with pi_ref.
 
     Returns "point", a row of results.json, and the first text of each prompt with its reward.
     """
-    pi_theta, pi_ref = load_gpt(policy, device), load_gpt(reference, device)
+    pi_theta, pi_ref = infer.load(policy, device), infer.load(reference, device)
     tokenizer, M = load_tokenizer(reference["tokens"]), cfg.samples
-    how = dataset.eval_prompts, M, cfg.seed
+    how = dataset.eval_prompts, M, cfg.seed, infer
     values, texts = measure(pi_theta, pi_ref, dataset, tokenizer, *how)
     loss = partial(dpo.dpo, beta=beta)
-    point = {"beta": beta} | agreement(pi_theta, eval_set.pairs, eval_set.gap, loss)
+    point = {"beta": beta} | agreement(pi_theta, eval_set.pairs, eval_set.gap, loss, infer)
     ref_r, rewards = eval_set.rewards, [None] * len(dataset.eval_prompts)
     if ref_r is not None:
         r = values["reward"]
@@ -100,22 +101,22 @@ def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: E
     return {"point": point, "texts": texts[::M], "rewards": rewards}
 
 
-def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap: Tensor | None, loss: dpo.Loss) -> dict:
+def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap: Tensor | None, loss: dpo.Loss,
+              infer: Inference = LOCAL) -> dict:  # fmt: skip
     """The implicit reward on held-out pairs: accuracy, and regression on the true reward.
 
     gap: r*(y_w) - r*(y_l) of each pair, (n,) nats.
     """
-    logps = compute_logps(pi_theta, pairs.ids, pairs.mask)
+    logps = infer.compute_logps(pi_theta, pairs.ids, pairs.mask)
     losses, r_hat_w, r_hat_l = loss(logps.double(), pairs)
     margin = r_hat_w - r_hat_l
     share = dpo.mean_weights(pairs.weight.double())
     values = {"loss": losses, "r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
     values["pair_accuracy"] = (margin.sign() + 1) / 2
-    if gap is not None:
-        gap = gap.double()
-        values["pair_accuracy_ceiling"] = (gap.sign() + 1) / 2  # of r* itself
     found = {name: (share @ value).item() for name, value in values.items()}
     if gap is not None:
+        gap = gap.double()
+        found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # of r* itself
         slope = (margin @ gap) / (gap @ gap)
         found["reward_slope"] = slope.item()
         found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()

@@ -50,18 +50,17 @@ def download(url: str, path: Path, md5: str) -> Path:
     """Download `url` to `path` once, and verify its MD5. Raises BadInput."""
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with tqdm(desc=f"downloading {url}", unit="B", unit_scale=True) as bar:
-            urllib.request.urlretrieve(url, part, lambda count, block, total: bar.update(block))
-        if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+        with urllib.request.urlopen(url) as response:
+            how = {"desc": f"downloading {url}", "total": response.length}
+            with tqdm.wrapattr(response, "read", **how) as stream:
+                content = b"".join(iter(lambda: stream.read(1 << 20), b""))
+        if hashlib.md5(content).hexdigest() != md5:
             raise OSError("wrong checksum")
-        os.replace(part, path)
     except (OSError, http.client.HTTPException) as e:
         raise BadInput(f"{url}: download failed ({e}); download it yourself, see --imdb") from e
-    finally:
-        part.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, content)
     return path
 
 

@@ -1,6 +1,6 @@
 """Cached stages: a result is kept in a file, and reused while nothing it depends on changes.
 
-    reference = stage("reference", sft, checkpoint, texts, steps, seed, device)
+    reference = stage("reference", sft, checkpoint, texts, steps, batch_size, lr, seed, device)
 
 The key of a result covers
 
@@ -136,7 +136,7 @@ class Stage:
         else:
             print(f"[{name}]")
             start = time.perf_counter()
-            value = function(*args)
+            value = self.run(function, *args)
             found = {"key": key, "seconds": time.perf_counter() - start, "value": value}
             torch.save(found, buffer := io.BytesIO())
             atomic_write(path, buffer.getvalue())
@@ -144,6 +144,9 @@ class Stage:
                 raise TypeError(f"{name}: add the types of its result to lib.stage.TYPES")
         self.seconds[name] = found["seconds"]
         return found["value"]
+
+    def run(self, function: Callable, *args: object):
+        return function(*args)
 
     def read(self, path: Path) -> dict:
         """The content of a stage's file; {} if there is none, or if it is damaged."""

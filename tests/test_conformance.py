@@ -103,7 +103,7 @@ def test_command_explains_a_failure(tmp_path):
         "Pitfall 5",
         "Equation: Each token of y has weight 1",
         "tokens count [[0.0, 0.5, 0.5, 0.0]], but the response is [[0, 1, 1, 0]]",
-        "Smallest counterexample found: response_logps(<Positional>, [[0, 0, 1, 2]], ",
+        "found: response_logps(<a model: logits by position>, [[0, 0, 1, 2]], ",
         "Fix: log pi(y|x) is the sum",
         "not offered",
     ):

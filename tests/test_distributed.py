@@ -20,19 +20,17 @@ from torch.distributed.tensor import DTensor
 import data
 import dpo
 import train
-from beyond import distributed
+from beyond import distributed, sharded
 from beyond.losses import LOSSES
-from lib import cli
 from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
 from lib.io import BadInput
 from lib.optim import linear_warmup_decay
-from lib.stage import Stage
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 LR = {"sgd": 0.01, "adamw": 0.01}
-CASES = [  # optimizer, dtype, --checkpoint-activations, --replicate N instead of sharding
+CASES = [  # optimizer, dtype, recomputed activations and --accumulate 2, --replicate N
     ("sgd", torch.float64, False, False),
     ("adamw", torch.float64, True, False),
     ("sgd", torch.float64, False, True),
@@ -89,10 +87,10 @@ def one_process(optimizer: str, dtype: torch.dtype, *_: bool) -> dict:
 def of_many(folder: Path, optimizer: str, dtype: torch.dtype, again: bool, replicate: bool) -> dict:
     """The same steps on a sharded model."""
     G = dist.get_world_size() if replicate else 1
-    settings = distributed.Settings(checkpoint_activations=again, replicate=G)
-    pi = distributed.shard(checkpoint(1), CPU, settings).to(dtype)
+    settings = distributed.Settings(accumulate=2 if again else 1)
+    pi = sharded.shard(checkpoint(1), CPU, G, checkpoint_activations=again).to(dtype)
     opt = distributed.OPTIMIZERS[optimizer](pi.parameters(), LR[optimizer])
-    how = opt, BATCHES, LR[optimizer], (settings, folder / "none"), "training"
+    how = opt, BATCHES, LR[optimizer], (settings, folder / "none")
     rows = [*distributed.train_sharded(pi, preferences(dtype), partial(dpo.dpo, beta=0.7), *how)]
     moments = [v for state in opt.state.values() for v in state.values() if isinstance(v, DTensor)]
     kept = {"weights": pi.parameters(), "moments": moments}
@@ -102,10 +100,10 @@ def of_many(folder: Path, optimizer: str, dtype: torch.dtype, again: bool, repli
 
 
 def completions() -> dict:
-    """600 prompts, in three chunks."""
+    """600 prompts, in ten chunks."""
     prompts = [[97 + i % 26, 97 + i // 26] for i in range(600)]
     dataset = data.Dataset([], [], prompts=prompts, reward=data.WordReward({}))
-    return distributed.complete(checkpoint(1), dataset, 1, 0, CPU, None)
+    return train.complete(checkpoint(1), dataset, 1, 0, CPU, sharded.SHARED)
 
 
 def start(N: int, folder: Path, *command: object) -> list[subprocess.Popen]:
@@ -196,8 +194,8 @@ def test_batches_smaller_than_the_number_of_processes_are_refused(results):
         assert "smaller" in process["refused"]
 
 
-def test_killed_run_continues_with_another_number_of_processes(tmp_path, monkeypatch):
-    """2 processes, one is killed in DPO, then 3  =>  one line, and then the policy of train.py"""
+def test_killed_run_continues_with_another_number_of_processes(tmp_path):
+    """2 processes, one is killed in DPO, then 3  =>  one line, then the policy of one process"""
     flags = ["--out", tmp_path / "out", "--checkpoint-every", "1", *TINY]
     module = ["-m", "beyond.distributed", *flags]
     processes = start(2, tmp_path, *module)
@@ -217,9 +215,8 @@ def test_killed_run_continues_with_another_number_of_processes(tmp_path, monkeyp
     assert int(re.search(r"training: +(\d+)%", done.stderr)[1]) > 0  # of the first step shown
     assert not [*tmp_path.glob("out/checkpoints")]
 
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    _, cfg = cli.parse("train.py", "", train.Config, {}, TINY)
-    train.run(cfg, Stage(tmp_path / "alone"), CPU)
+    alone = start(1, tmp_path, "-m", "beyond.distributed", "--out", tmp_path / "alone", *TINY)
+    assert wait(alone) == [0], (tmp_path / "1-0.txt").read_text()
     policy, expected = (read_checkpoint(tmp_path / f"{n}/dpo-1.pt") for n in ("out", "alone"))
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(policy["weights"][name], weight, rtol=0, atol=2e-6)
@@ -238,7 +235,7 @@ def main(folder: Path):
     if dist.get_world_size() == 1:
         every |= {("one", *case): one_process(*case) for case in CASES}
     if dist.get_world_size() == 3:
-        how = None, [torch.tensor([0, 1])], 0.1, (None, folder), "training"
+        how = None, [torch.tensor([0, 1])], 0.1, (None, folder)
         with pytest.raises(BadInput) as error:
             next(distributed.train_sharded(None, None, None, *how))
         every["refused"] = str(error.value)

@@ -136,9 +136,9 @@ def test_token_is_scored_by_the_logits_before_it(response_logps, batch):
 
 
 @mistake(
-    "the first response token is dropped",
+    "the first response token is dropped, or the mask is one place late",
     2,
-    "the last prompt position predicts it: mask the shifted labels with mask[:, 1:]",
+    "the last prompt position predicts it: mask the labels ids[:, 1:] with mask[:, 1:]",
 )
 @given(batch=long_batches)
 def test_first_response_token_counts(response_logps, batch):

@@ -125,7 +125,7 @@ def test_loss_of_a_pair_ignores_the_other_pairs(dpo_loss, p):
 
 
 @mistake(
-    "the loss does not start at ln 2: it is not -log sigmoid, or has an extra term",
+    "the loss is not ln 2 at margin 0: not -log sigmoid, or with an extra term or epsilon",
     13,
     "use -torch.nn.functional.logsigmoid(beta * h) and nothing else",
 )

@@ -164,9 +164,9 @@ def test_step_of_a_repeated_batch_is_the_same(training_step, seed):
 
 
 @mistake(
-    "the step ignores the reference",
+    "the step ignores the reference, for instance because the policy scores itself",
     13,
-    "subtract the reference's log-probabilities; the first loss must be ln 2",
+    "compute the reference's log-probabilities with the reference model, and subtract them",
 )
 @given(seed=seeds)
 def test_step_depends_on_the_reference(training_step, seed):

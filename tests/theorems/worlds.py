@@ -27,12 +27,18 @@ def number(x) -> Tensor:
     return torch.tensor(x, dtype=torch.float64)
 
 
-def assert_same(left, right, tolerance: float | None = None):
+def assert_same(found, expected, tolerance: float | None = None):
     """Equal within the tolerance, absolute and relative. NaN equals nothing."""
     tolerance = max(tolerance or 0.0, tolerance_in_use.get())
-    left = torch.as_tensor(left, dtype=torch.float64).detach()
-    right = torch.as_tensor(right, dtype=torch.float64).detach()
-    torch.testing.assert_close(left, right, atol=tolerance, rtol=tolerance)
+    found = torch.as_tensor(found, dtype=torch.float64).detach()
+    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
+    shapes = f"found the shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    assert found.shape == expected.shape, shapes
+    if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
+        i = (found - expected).abs().nan_to_num(torch.inf).argmax()
+        where = f" at index {int(i)} of {found.numel()}" if found.numel() > 1 else ""
+        values = f"found {found.flatten()[i]:.9g}, expected {expected.flatten()[i]:.9g}"
+        raise AssertionError(f"{values}{where}")
 
 
 def assert_at_most(left, right, tolerance: float | None = None):
