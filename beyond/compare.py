@@ -351,38 +351,45 @@ def optimum_cells(runs: list[dict], beta: float) -> list[str]:
     return [common.cell([row.get(key) for row in rows]) for key in COLUMNS]
 
 
+def family(name: str) -> str:
+    if name in NO_REFERENCE:
+        return "no reference"
+    return "fresh pairs" if METHODS[name].source in FRESH else "given pairs"
+
+
 def draw(results: dict) -> Figure:
-    """Gain against KL. A line joins the two strengths of a method; labels are sorted by gain."""
-    figure = Figure((10, 6), layout="constrained")
-    ax, paths = figure.subplots(), {}
+    """The fraction of the attainable gain at two strengths, sorted within families of methods.
+
+    The KL of each run is written next to it. Runs whose optimum cannot be estimated are left out.
+    """
+    found = {}
     for p in results["points"]:
-        paths.setdefault(p["method"], []).append((p["kl"], p["gain"]))
-    right = 1.05 * max(p["kl"] for p in results["points"])
-    common.draw_optimum(ax, results, "gain", right)
-    styles = {"given pairs": "o", "fresh pairs": "s", "no reference": "^"}
-    for name, path in paths.items():
-        kind = "fresh pairs" if METHODS[name].source in FRESH else "given pairs"
-        marker = styles["no reference" if name in NO_REFERENCE else kind]
-        ax.plot(*zip(*path, strict=True), f"{marker}-", color=colour(name), ms=5, lw=0.7)
-    for kind, marker in styles.items():
-        ax.plot([], [], marker, color="0.45", label=kind)
-    ax.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
-    ax.plot([], [], "s:", color="0.55", ms=3, label="best of N, at a bound on its KL")
-    ends = sorted(paths.items(), key=lambda item: item[1][-1][1])
-    for (name, path), y in zip(ends, np.linspace(0.04, 0.96, len(ends)), strict=True):
-        arrow = {"arrowstyle": "-", "color": "0.8", "lw": 0.6}
-        place = {"xytext": (1.03, y), "textcoords": "axes fraction", "va": "center"}
-        ax.annotate(name, path[-1], color=colour(name), arrowprops=arrow, **place)
-    top = 1.1 * max(p["gain"] for p in results["points"])
-    ax.set(xlim=(-0.02 * right, right), ylim=(-0.05 * top, top), title=title(results))
-    ax.set(xlabel=r"KL($\pi_\theta$, $\pi_{ref}$), nats per response")
-    ax.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
-    ax.legend(loc="lower right", frameon=False)
+        if p["fraction_of_optimal"] is not None:
+            found.setdefault(p["method"], []).append((p["fraction_of_optimal"], p["kl"]))
+    order = sorted(found, key=lambda name: np.mean(found[name], 0)[0])
+    order.sort(key=lambda name: ("no reference", "fresh pairs", "given pairs").index(family(name)))
+    figure = Figure((8, 0.34 * len(order) + 1.6), layout="constrained")
+    ax = figure.subplots()
+    for y, name in enumerate(order):
+        (x, kls), colour = np.transpose(found[name]), ORANGE if name == "dpo" else "0.25"
+        ax.plot(x, [y] * len(x), "-", color="0.8", zorder=0)
+        for i, (fraction, kl) in enumerate(zip(x, kls, strict=True)):
+            ax.plot(fraction, y, "o", color=colour, mfc=colour if i == 0 else "white")
+            style = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            ax.annotate(f"{kl:.1f}", (fraction, y), color="0.5", fontsize=7, **style)
+        if y + 1 == len(order) or family(order[y + 1]) != family(name):
+            ax.text(
+                0.01, y + 0.45, family(name), transform=ax.get_yaxis_transform(), style="italic"
+            )
+            ax.axhline(y + 0.5, color="0.9")
+    ax.axvline(1, color="0.3", label="optimum of all policies (Eq. 4)")
+    for fill, label in (("0.25", "first strength"), ("white", "second strength")):
+        ax.plot([], [], "o", color="0.25", mfc=fill, label=label)
+    ax.set_yticks(range(len(order)), order)
+    ax.set(xlabel="gain divided by the largest gain at the same KL (small numbers: KL, nats)")
+    ax.set(ylim=(-0.7, len(order) + 0.1), title=title(results))
+    ax.legend(loc="lower left", frameon=False)
     return figure
-
-
-def colour(name: str) -> str:
-    return ORANGE if name == "dpo" else "0.4"
 
 
 def title(results: dict) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
 from beyond.sample import printable, true_reward
 from data import Reward
@@ -37,6 +38,7 @@ PANELS = {  # metric in the curves: title
 }
 COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # of the betas
 ORANGE, BLUE = "#d95f02", "#1b6ca8"  # pi_theta and pi_ref
+TICKS = (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 25, 40)  # KL, nats
 STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the least contribution that is coloured
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --line: #ccc; --soft: #f4f4f4;
@@ -185,21 +187,35 @@ def colour_key(reward: Reward | None) -> str:
 
 
 def draw_frontier(results: dict) -> Figure:
-    """Gain in reward against KL, with the optimum. If r* is unknown: pair accuracy."""
+    """Gain in reward against KL, with the optimum. If r* is unknown: pair accuracy.
+
+    KL has a square-root scale, on which the optimal gain is nearly a straight line at first.
+    """
     figure = Figure((8, 5), layout="constrained")
     ax, points, known = figure.subplots(), results["points"], bool(results["frontier"])
     name, origin, ylabel = "pair_accuracy", 0.5, "accuracy on held-out pairs"
+    right = 1.3 * max(p["kl"] for p in points)
     if known:
         name, origin, ylabel = "gain", 0, r"gain in true reward over $\pi_{ref}$, nats"
-        draw_optimum(ax, results, 1.15 * max(p["kl"] for p in points))
+        draw_optimum(ax, results, right)
     columns = [[p.get(n) or 0 for p in points] for n in ("kl", name, "kl_se", name + "_se")]
     kl, y, kl_se, y_se = np.array(columns)
     label = f"{results['method']}, ±2 standard errors"
     ax.errorbar(kl, y, 2 * y_se, 2 * kl_se, "o", color=ORANGE, label=label)
     for p in points:
         ax.annotate(rf"  $\beta$ = {p['beta']:g}", (p["kl"], p[name]), va="top")
-    ax.plot(0, origin, "D", color=BLUE, label=r"$\pi_{ref}$")
-    xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response"
+    ax.plot(0, origin, "D", color=BLUE, label=r"$\pi_{ref}$", clip_on=False, zorder=5)
+    if results["config"]["data"] == "imdb":
+        positive = ax.twinx()
+        p_positive = [results["reference"]["p_positive"], *(p["p_positive"] for p in points)]
+        positive.plot([0, *kl], p_positive, "s", color="0.5", ms=5, mfc="none")
+        positive.set(ylabel="mean P(positive)", ylim=(0, 1))
+        ax.plot([], [], "s", color="0.5", ms=5, mfc="none", label="P(positive), right axis")
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ax.set_xlim(0, right)
+    ax.xaxis.set_major_locator(FixedLocator([t for t in TICKS if t == 0 or right / 40 < t < right]))
+    ax.xaxis.set_major_formatter("{x:g}")
+    xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response, square-root scale"
     ax.set(xlabel=xlabel, ylabel=ylabel, title=results["title"])
     ax.legend(loc="lower right", framealpha=1)
     return figure
@@ -218,7 +234,6 @@ def draw_optimum(ax, results: dict, right: float):
             where = p["optimal_kl"], p["optimal_reward"] - base
             ax.plot(*where, "o", mfc="none", mec=ORANGE, ms=11)
     ax.plot([], [], "o", mfc="none", mec=ORANGE, ms=11, label=r"optimum at the same $\beta$")
-    ax.set_xlim(-0.03 * right, right)
 
 
 # ------------------------------------------------- training curves, and samples as text
