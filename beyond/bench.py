@@ -7,7 +7,7 @@ A DPO step (forward, backward, clipping, optimizer) is timed with `dpo.response_
 `model.sample` and with `generate` of transformers. All have the same random weights and data: 96
 preferences between 4 completions of each of 16 prompts.
 
-Every repetition runs each task once, and ratios are of one repetition, so that a busy machine slows
+Every repetition runs each task once, and ratios are taken within it, so that a busy machine slows
 both sides. The table has medians. The share is the arithmetic that a step needs, without padding,
 divided by its time and by the rate of a large matrix product. Dtypes that the processor does not
 support natively are skipped. OMP_NUM_THREADS sets the number of threads.

@@ -1,4 +1,4 @@
-"""Learn the tokens of a byte-level BPE tokenizer. `data.load_tokenizer` builds it from them."""
+"""Learn a byte-level BPE vocabulary. `data.load_tokenizer` builds the tokenizer from it."""
 
 import heapq
 import re

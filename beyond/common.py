@@ -4,7 +4,7 @@
         -> any method that turns pi_ref into a policy
         -> gain in true reward, KL, P(positive), length, win rate of fresh samples
 
-Each policy is evaluated once, on the same prompts. Gains are differences of mean true reward to
+Each policy is evaluated once, on the same prompts. Gains are mean true reward minus that of
 pi_ref, in nats. P(positive) is the mean of sigmoid(r*).
 """
 

@@ -9,7 +9,7 @@ has two strengths. Methods differ in the loss, its learning rate, and for some i
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
 as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
 stably with them; the methods after dpop were not tried. `held_out_loss` in results.json and
-`--times` serve to choose others without the true reward.
+`--times` let you tune them without the true reward.
 """
 
 import dataclasses

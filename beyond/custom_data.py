@@ -1,4 +1,4 @@
-"""Preferences of the user's own, as a dataset like the others. `train.py --data FILE` uses this.
+"""The user's own preferences, as a dataset like the others. `train.py --data FILE` uses this.
 
 The file has any format that beyond/convert.py reads. Each row becomes pairs of a prompt, a chosen
 and a rejected response.

@@ -8,10 +8,10 @@ pairs   DPO and PPO from the preferences of 200, 1,000 and 5,000 prompts. PPO's 
         few, because a reward is easier to learn than the policy that is optimal for it.
 class   PPO with three reward models of the same pairs: a GPT; a bag of tokens, which is the class
         of r*; and a bag of 8 groups of tokens, which cannot express r*. Prediction (Shi et al.
-        2505.19770): against DPO, PPO gains from the second and loses from the third.
+        2505.19770): relative to DPO, the second helps PPO and the third hurts it.
 
 Runs have different KLs. They are compared by the fraction of the largest gain at their own KL, the
-mean over --beta. It is unknown where the optimum cannot be estimated.
+mean over --beta. Fractions are unknown where the optimum cannot be estimated.
 """
 
 import sys

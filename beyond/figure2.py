@@ -12,7 +12,7 @@
 
 Each run is evaluated once, after training. A method's curve joins its runs in the order of their
 KL. No run is left out because of its reward, so the mean of a curve over seeds is not biased
-upward, as the mean of a hull over noisy points is.
+upward, unlike the mean of a hull over noisy points.
 
 The curve is broken between runs whose KLs differ by more than a factor of 1.6. Table entries in
 such a gap are in brackets, and verdicts do not use them. A verdict needs three seeds and a 95%

@@ -13,7 +13,7 @@ log-ratio unless stated otherwise.
 "Optimum" is where the expected loss is smallest: over all policies ("tilt" is Eq. 4), or, for one
 pair that y_w wins with probability p, over its log-ratios.
 
-Log-ratios are sums over tokens, also for IPO. ORPO and SimPO use means, as their papers do.
+Log-ratios are sums over tokens, even for IPO. ORPO and SimPO use means, as their papers do.
 """
 
 import math

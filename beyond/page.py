@@ -1,6 +1,6 @@
 """The figures of a run, and one page with figures, table, settings, command and samples.
 
-All of it comes from out/results.json. train.py writes it after each beta, and
+Everything comes from out/results.json. train.py writes the page after each beta, and
 `python -m lib.report out` writes it again. The page contains
 everything it shows and loads nothing. In the samples, the colour of a word is its contribution in
 context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and orange for

@@ -1,4 +1,4 @@
-"""Where pairs come from after DPO: the policy itself, the best and worst of N, RSO, rankings.
+"""Other sources of pairs: the policy itself, the best and worst of N, RSO, rankings.
 
     online DPO (2402.04792)       `online`: pairs of fresh samples of pi_theta, every round
     iterative DPO (2405.07863)    `online` with the best and the worst of N samples

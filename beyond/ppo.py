@@ -6,7 +6,7 @@
 where r is r_phi, or the true reward ("PPO-GT"). Each iteration:
 
     1. Sample y ~ pi_old for a batch of prompts.
-    2. Reward each token: r_t = -beta log( pi_old(y_t|.) / pi_ref(y_t|.) ); the last also r(x, y).
+    2. Reward each token: r_t = -beta log( pi_old(y_t|.) / pi_ref(y_t|.) ); the last adds r(x, y).
     3. Estimate the advantages A_t from r_t and a value model V (GAE, Schulman et al. 1506.02438).
     4. Take some steps that increase min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ),
        rho_t = pi_theta(y_t|.) / pi_old(y_t|.), and fit V (PPO, Schulman et al. 1707.06347).

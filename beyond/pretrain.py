@@ -3,8 +3,8 @@
     python -m beyond.pretrain --imdb aclImdb_v1.tar.gz --out pi_ref
 
 Texts are runs of whole sentences of the 75,000 training reviews of the Large Movie Review Dataset
-(Maas et al. 2011): as many sentences as fit in the context, then the end token, from any sentence
-on. The last steps see only openings of reviews, because the experiment uses those. No test reviews
+(Maas et al. 2011), starting at any sentence: as many as fit in the context, then the end token.
+The last steps see only openings of reviews, because the experiment uses those. No test reviews
 are used for training, because the experiment takes its prompts from them. Muon updates the
 matrices of the blocks, AdamW the rest.
 

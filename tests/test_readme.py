@@ -19,9 +19,11 @@ COLUMNS = {
     "gain": "gain",
     "P(positive)": "p_positive",
     "win rate": "win_rate",
+    "length": "length",
     "slope": "reward_slope",
     "R2": "reward_r2",
     "fraction": "fraction_of_optimal",
+    "regret": "regret",
 }
 
 
