@@ -164,7 +164,7 @@ DEPENDENTS = {  # all stages of the toy run that depend on a definition
     "complete": ["completions"],
     "train_dpo": DPO,
     "monitor": DPO,
-    "fast_response_logps": ["reference", *DPO, *EVAL],
+    "fast_response_logps": MODEL,  # and completions, by way of `Inference`
     "fraction_of_optimal": EVAL,
     "results": [],
     "load_pairs": [],
