@@ -85,8 +85,8 @@ def evaluate_policy(policy: dict, reference: dict, dataset: Dataset, eval_set: E
     """
     pi_theta, pi_ref = infer.load(policy, device), infer.load(reference, device)
     tokenizer, M = load_tokenizer(reference["tokens"]), cfg.samples
-    how = dataset.eval_prompts, M, cfg.seed, infer
-    values, texts = measure(pi_theta, pi_ref, dataset, tokenizer, *how)
+    args = dataset, tokenizer, dataset.eval_prompts, M, cfg.seed, infer
+    values, texts = measure(pi_theta, pi_ref, *args)
     loss = partial(dpo.dpo, beta=beta)
     point = {"beta": beta} | agreement(pi_theta, eval_set.pairs, eval_set.gap, loss, infer)
     ref_r, rewards = eval_set.rewards, [None] * len(dataset.eval_prompts)
