@@ -14,4 +14,5 @@ for seed in 0 1 2; do
     python -m beyond.compare --seed $seed --out results/compare-$seed
     python -m beyond.figure2 --seed $seed --out results/figure2-$seed
 done
+python -m beyond.figure2 --summary results/figure2-* > results/figure2.md
 python -m beyond.ablations --out results/ablations

@@ -122,13 +122,15 @@ def test_flags_exist():
 
 
 def test_readme_is_short():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) < 150
 
 
 def test_the_difference_to_ppo_is_that_of_its_results():
     """README.md and beyond/README.md, from results/figure2.md"""
     tables = (ROOT / "results/figure2.md").read_text(encoding="utf-8")
-    row = next(line for line in tables.splitlines() if line.startswith("| DPO's frontier lies above PPO's"))
+    row = next(
+        line for line in tables.splitlines() if line.startswith("| DPO's frontier lies above PPO's")
+    )
     interval = row.split("|")[10].strip()
     assert interval in (ROOT / "beyond/README.md").read_text(encoding="utf-8")
     mean, low, high = re.findall(r"[+-](\d\.\d+)", interval)
