@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every command behind the README's results, one after the other. It can be interrupted and repeated.
+# The commands behind the README's results, one after the other, without the timed runs and those with
+# AVX2 (docs/speed.md). It can be interrupted and repeated.
 # IMDB: the archive, if it is not to be downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,5 +15,5 @@ for seed in 0 1 2; do
     python -m beyond.compare --seed $seed --out results/compare-$seed
     python -m beyond.figure2 --seed $seed --out results/figure2-$seed
 done
-python -m beyond.figure2 --summary results/figure2-* > results/figure2.md
+python -m beyond.figure2 --summary results/figure2-[0-9]   # the tables of results/figure2.md
 python -m beyond.ablations --out results/ablations
