@@ -37,8 +37,8 @@ CASES = [  # optimizer, dtype, recomputed activations and --accumulate 2, --repl
     ("sgd", torch.float32, False, False),
 ]
 BATCHES = [*map(torch.tensor, ([4, 0, 5, 2], [6, 1, 2], [3, 1, 6, 0, 5]))]  # uneven shares
-TINY = ("--sft-steps 0 --prompts 240 --completions 3 --eval-prompts 4 --ref-samples 64 "
-        "--eval-samples 32 --batch-size 8 --beta 1").split()  # fmt: skip
+TINY = ("--sft-steps 0 --prompts 120 --completions 3 --eval-prompts 4 --ref-samples 32 "
+        "--eval-samples 16 --batch-size 8 --beta 1").split()  # fmt: skip
 # Without bfloat16, whose rounding would hide differences.
 ENV = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
