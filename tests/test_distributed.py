@@ -3,6 +3,7 @@
 With a folder as its argument, this file is the program that the processes run.
 """
 
+import json
 import os
 import re
 import socket
@@ -39,6 +40,7 @@ CASES = [  # optimizer, dtype, recomputed activations and --accumulate 2, --repl
 BATCHES = [*map(torch.tensor, ([4, 0, 5, 2], [6, 1, 2], [3, 1, 6, 0, 5]))]  # uneven shares
 TINY = ("--sft-steps 0 --prompts 120 --completions 3 --eval-prompts 4 --ref-samples 32 "
         "--eval-samples 16 --batch-size 8 --beta 1").split()  # fmt: skip
+FOLDERS = "out", "alone"  # of the killed run, and of one process
 # Without bfloat16, whose rounding would hide differences.
 ENV = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -217,10 +219,14 @@ def test_killed_run_continues_with_another_number_of_processes(tmp_path):
 
     alone = start(1, tmp_path, "-m", "beyond.distributed", "--out", tmp_path / "alone", *TINY)
     assert wait(alone) == [0], (tmp_path / "1-0.txt").read_text()
-    policy, expected = (read_checkpoint(tmp_path / f"{n}/dpo-1.pt") for n in ("out", "alone"))
+    found, expected = (json.loads((tmp_path / n / "results.json").read_text()) for n in FOLDERS)
+    assert found["reference"] == pytest.approx(expected["reference"])
+    for name in ("reward", "kl", "length", "pair_accuracy", "reward_r2"):
+        assert found["points"][0][name] == pytest.approx(expected["points"][0][name], rel=0.02)
+    policy, expected = (read_checkpoint(tmp_path / n / "dpo-1.pt") for n in FOLDERS)
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(policy["weights"][name], weight, rtol=0, atol=2e-6)
-    runs = [torch.load(tmp_path / f"{n}/dpo-1.pt")["value"] for n in ("out", "alone")]
+    runs = [torch.load(tmp_path / n / "dpo-1.pt")["value"] for n in FOLDERS]
     for row, expected in zip(*(each["curves"] for each in runs), strict=True):
         assert row.keys() - {"samples"} == expected.keys() - {"samples"}
         sampled = {"samples", "kl", "entropy", "length", "reward"}  # rounding changes a few tokens
