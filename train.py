@@ -10,7 +10,7 @@ that any policy can do? Because r* is known, the optimum is known too.
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -232,7 +232,8 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
     """The experiment. Writes the report after each beta, and returns what is in results.json."""
     loss = load_loss(cfg.loss, cfg.loss_args)
-    labels = "argmax" if cfg.pairs == "best-worst" else cfg.labels
+    if cfg.pairs == "best-worst":
+        cfg = replace(cfg, labels="argmax")
     seed, start = cfg.seed, initial_model(cfg)
     dataset = load_dataset(cfg, stage, start["tokens"])
     if dataset.pairs:
@@ -247,9 +248,9 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
         made = stage("completions", complete, reference, dataset, cfg.completions, seed, device)
         if cfg.pairs == "best-worst":
             made = find("best_worst", "beyond.pairs")(*made)
-        preferences, counts = stage("preferences", data.label_pairs, *made, labels, seed)
+        preferences, counts = stage("preferences", data.label_pairs, *made, cfg.labels, seed)
     samples = min(cfg.eval_samples, cfg.ref_samples)
-    ev = evaluate.EvalConfig(cfg.ref_samples, samples, cfg.completions, labels, seed)
+    ev = evaluate.EvalConfig(cfg.ref_samples, samples, cfg.completions, cfg.labels, seed)
     eval_set = stage("eval_set", evaluate.make_eval_set, dataset, eval_pairs, reference, ev, device)
 
     watched = {"dataset": dataset, "eval_set": eval_set, "tokens": start["tokens"], "seed": seed}

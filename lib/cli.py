@@ -105,7 +105,8 @@ def run_cli(prog: str, out: Path, debug: bool, work: Callable[[], str]) -> int:
     """Do work() alone in `out`, print what it returns, and return the exit code.
 
     0: success. 2: the input cannot be used, or memory or disk ran out. 130: interrupted. With
-    `debug`, one-line errors show their traceback. Programming errors always do.
+    `debug`, one-line errors show their traceback. Programming errors always do, except in code that
+    reads the user's files.
     """
     start = time.perf_counter()
     try:

@@ -77,7 +77,7 @@ def generate(pi: GPT, prompts: list[list[int]], end: int, seed: int, what: str):
 
 @dataclass(frozen=True)
 class Inference:
-    """How stages load and run models. beyond/distributed.py has another way."""
+    """How stages load and run models. beyond/sharded.py has another way."""
 
     load: Callable = load_gpt
     generate: Callable = generate

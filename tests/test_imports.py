@@ -14,7 +14,7 @@ MODULES = {
     name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in TREES
 }
 LAYER = {"dpo": 0, "model": 0, "data": 1, "lib": 2, "train": 3, "beyond": 4}
-ENTRIES = """README.md CONTRIBUTING.md LICENSE requirements.txt ruff.toml .gitignore .ci .github
+ENTRIES = """README.md LICENSE requirements.txt .ruff.toml .gitignore .ci .github
     .pre-commit-config.yaml dpo.py model.py data.py train.py derive.ipynb lib beyond tests docs
     results""".split()
 

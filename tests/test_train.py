@@ -216,9 +216,11 @@ def main(more: str) -> dict:
 
 @pytest.mark.parametrize("flags", ["--labels soft", "--labels argmax", "--pairs best-worst"])
 def test_other_labels_and_pairs_run(flags, here):
-    point = main(f"{flags} --beta 4")["points"][0]
+    found = main(f"{flags} --beta 4")
+    point = found["points"][0]
     certain = flags in ("--labels argmax", "--pairs best-worst")
     assert (point["pair_accuracy_ceiling"] == pytest.approx(1)) == certain
+    assert ("argmax" in found["title"]) == (found["config"]["labels"] == "argmax") == certain
 
 
 def as_csv(rows: list[dict]) -> bytes:
