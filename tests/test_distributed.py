@@ -31,11 +31,12 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 LR = {"sgd": 0.01, "adamw": 0.01}
-CASES = [  # optimizer, dtype, recomputed activations and --accumulate 2, --replicate N
-    ("sgd", torch.float64, False, False),
-    ("adamw", torch.float64, True, False),
-    ("sgd", torch.float64, False, True),
-    ("sgd", torch.float32, False, False),
+CASES = [  # optimizer, dtype, "recompute" and --accumulate 2 or "compile", --replicate N
+    ("sgd", torch.float64, "", False),
+    ("adamw", torch.float64, "recompute", False),
+    ("sgd", torch.float64, "", True),
+    ("sgd", torch.float32, "", False),
+    ("sgd", torch.float64, "compile", False),
 ]
 BATCHES = [*map(torch.tensor, ([4, 0, 5, 2], [6, 1, 2], [3, 1, 6, 0, 5]))]  # uneven shares
 TINY = ("--sft-steps 0 --prompts 120 --completions 3 --eval-prompts 4 --ref-samples 32 "
@@ -74,7 +75,7 @@ def found(pi: GPT, rows: list[dict]) -> dict[str, torch.Tensor]:
     return {n: v.detach() for n, v in whole.items()} | {"metrics": torch.tensor(metrics)}
 
 
-def one_process(optimizer: str, dtype: torch.dtype, *_: bool) -> dict:
+def one_process(optimizer: str, dtype: torch.dtype, *_: object) -> dict:
     """Three steps of `dpo.train` with the schedule of train.py."""
     pi = load_gpt(checkpoint(1), CPU).to(dtype)
     opt = distributed.OPTIMIZERS[optimizer](pi.parameters(), LR[optimizer])
@@ -86,11 +87,11 @@ def one_process(optimizer: str, dtype: torch.dtype, *_: bool) -> dict:
     return found(pi, rows)
 
 
-def of_many(folder: Path, optimizer: str, dtype: torch.dtype, again: bool, replicate: bool) -> dict:
+def of_many(folder: Path, optimizer: str, dtype: torch.dtype, how: str, replicate: bool) -> dict:
     """The same steps on a sharded model."""
     G = dist.get_world_size() if replicate else 1
-    settings = distributed.Settings(accumulate=2 if again else 1)
-    pi = sharded.shard(checkpoint(1), CPU, G, checkpoint_activations=again).to(dtype)
+    settings = distributed.Settings(accumulate=2 if how == "recompute" else 1)
+    pi = sharded.shard(checkpoint(1), CPU, G, how == "recompute", how == "compile").to(dtype)
     opt = distributed.OPTIMIZERS[optimizer](pi.parameters(), LR[optimizer])
     how = opt, BATCHES, LR[optimizer], (settings, folder / "none")
     rows = [*distributed.train_sharded(pi, preferences(dtype), partial(dpo.dpo, beta=0.7), *how)]
@@ -235,6 +236,7 @@ def test_killed_run_continues_with_another_number_of_processes(tmp_path):
 
 
 def main(folder: Path):
+    torch.compile = partial(torch.compile, backend="aot_eager")  # traces, but needs no compiler
     dist.init_process_group()
     every = {case: of_many(folder, *case) for case in CASES}
     every["completions"] = completions()
