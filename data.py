@@ -19,7 +19,6 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 
 import tiktoken
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from dpo import Preferences, bradley_terry
 
+Prompts = list[list[int]]  # token ids
 Reward = Callable[[list[str]], Tensor]  # texts -> rewards (n,) in nats
 
 
@@ -46,9 +46,10 @@ class Sizes:
 class Dataset:
     """What an experiment starts from. Texts and prompts are lists of token ids."""
 
-    eval_prompts: list[list[int]]  # distinct, and not among `prompts`
-    sft_texts: list[list[int]]  # for supervised fine-tuning
-    prompts: list[list[int]] = field(default_factory=list)  # to collect preferences on
+    tokens: list[bytes] | None  # of the tokenizer, see `load_tokenizer`
+    eval_prompts: Prompts  # distinct, and not among `prompts`
+    sft_texts: Prompts  # for supervised fine-tuning
+    prompts: Prompts = field(default_factory=list)  # to collect preferences on
     reward: Reward | None = None  # r*
     pairs: Preferences | None = None  # in place of prompts and r*; without log pi_ref
     eval_pairs: Preferences | None = None
@@ -142,7 +143,7 @@ def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
     texts = toy_reviews(m + 4 * sizes.eval_prompts + 500, seed)
     parts = texts[:n], texts[n:m], texts[m:]
     split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
-    return Dataset(**split, reward=WordReward(WEIGHT))
+    return Dataset(tokens, **split, reward=WordReward(WEIGHT))
 
 
 # -------------------------------------------------- the IMDb dataset
@@ -165,9 +166,8 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
                 reviews[found[1]].append((int(found[2]), text))
         while archive.fileobj.read(1 << 20):  # to gzip's checksum, at the end
             pass
-    for name in ("train/pos", "train/neg", "test/pos", "test/neg"):
-        if not reviews[name]:
-            raise ValueError(f"no reviews under {name}; expected aclImdb/train/pos/0_9.txt, ...")
+    if len(reviews) < 5:
+        raise ValueError("expected aclImdb/train/pos/0_9.txt, ...")
     return {name: [text for _, text in sorted(numbered)] for name, numbered in reviews.items()}
 
 
@@ -177,7 +177,7 @@ def load_imdb(reviews: dict, reward: Path, sizes: Sizes, seed: int, tokens) -> D
     reviews: as `read_imdb` returns them. reward: the file that beyond/reward.py writes.
     """
     rng = random.Random(seed)
-    sft_texts = reviews["train/pos"] + reviews["train/neg"] + reviews.get("train/unsup", [])
+    sft_texts = reviews["train/pos"] + reviews["train/neg"] + reviews["train/unsup"]
     texts = reviews["test/pos"] + reviews["test/neg"]
     rng.shuffle(sft_texts)
     rng.shuffle(texts)
@@ -185,7 +185,7 @@ def load_imdb(reviews: dict, reward: Path, sizes: Sizes, seed: int, tokens) -> D
     parts = sft_texts[: sizes.reviews], texts[n:], texts[:n]
     split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
     found = json.loads(reward.read_text("utf-8"))
-    return Dataset(**split, reward=WordReward(found["weight"], found["bias"], divide=True))
+    return Dataset(tokens, **split, reward=WordReward(found["weight"], found["bias"], divide=True))
 
 
 # -------------------------------------------------- tokens, openings and prompts
@@ -229,11 +229,11 @@ def split_reviews(tokenizer, sft_texts, prompt_texts, eval_texts, sizes: Sizes, 
     return {"sft_texts": sft, "prompts": prompts[: sizes.prompts], "eval_prompts": eval_prompts}
 
 
-def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
+def token_bytes(tokenizer) -> list[bytes]:
     return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
 
 
-def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> list[list[int]]:
+def openings(reviews: list[str], tokenizer, context: int) -> Prompts:
     """The first sentences of each review: as many as fit in the context, then the end token.
 
     A sentence ends with . ! or ? before a space or the review's end. Reviews in which no sentence
@@ -252,7 +252,7 @@ def openings(reviews: list[str], tokenizer: tiktoken.Encoding, context: int) -> 
     return found
 
 
-def cut_prompts(texts: list[list[int]], tokenizer, rng: random.Random) -> list[list[int]]:
+def cut_prompts(texts: Prompts, tokenizer, rng: random.Random) -> Prompts:
     """The first 2 to 8 tokens of each text, cut where a word ends, if there is such a place."""
     starts_word = [token.startswith(b" ") for token in token_bytes(tokenizer)]
     places = [[n for n in range(2, min(9, len(ids))) if starts_word[ids[n]]] for ids in texts]
@@ -264,45 +264,39 @@ def cut_prompts(texts: list[list[int]], tokenizer, rng: random.Random) -> list[l
 Completions = tuple[Tensor, Tensor, Tensor]  # ids, mask, logps (P K, T), as `model.sample` returns
 
 
-def label_pairs(
-    completions: Completions, rewards: Tensor, labels: str, seed: int
-) -> tuple[Preferences, dict[str, int]]:
+def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: int) -> Preferences:
     """All pairs of the K completions of each prompt, labelled by their rewards (P, K).
 
     labels: "bt" draws y_w from Bradley-Terry (Eq. 1). "soft" contains both orders, weighted by
         their probability. "argmax" prefers the higher reward, as the paper does; ties are dropped.
 
-    Pairs of identical completions are dropped. Returns the preferences, and the numbers of pairs
-    formed, of ties, and of identical completions.
+    Pairs of identical completions are dropped.
     """
     ids, mask, logps = completions
     P, K = rewards.shape
-    columns = torch.tensor(list(combinations(range(K), 2)))
+    columns = torch.combinations(torch.arange(K))
     pairs = (columns + K * torch.arange(P)[:, None, None]).flatten(0, 1)  # (n, 2) rows
     first, second = pairs.T
     r = rewards.flatten()
     p = bradley_terry(r[first], r[second])
-    different = (ids[first] != ids[second]).any(1)
-    tie = different & (r[first] == r[second])
-    weight, keep = torch.ones(len(pairs)), different
+    keep = (ids[first] != ids[second]).any(1)
+    weight = torch.ones(len(pairs))
     if labels == "argmax":
-        p, keep = (r[first] > r[second]).float(), different & ~tie
+        p = (r[first] > r[second]).float()
+        keep &= r[first] != r[second]
+    print(f"{len(keep) - keep.sum():,} of {len(keep):,} pairs are dropped as equal")
     if labels == "soft":
         pairs, weight = torch.cat((pairs, pairs.flip(1))), torch.cat((p, 1 - p))
-        keep = different.repeat(2)
+        keep = keep.repeat(2)
     else:
         u = torch.rand(len(p), generator=torch.Generator().manual_seed(seed))
         pairs = torch.where((u >= p)[:, None], pairs.flip(1), pairs)
 
     rows, pairs = pairs[keep].unique(return_inverse=True)  # only rows that belong to a pair
     _, prompt = (rows // K).unique(return_inverse=True)
-    preferences = Preferences(ids[rows], mask[rows], logps[rows], prompt, pairs, weight[keep])
-    counts = {"pairs": keep[: len(different)], "ties": tie, "identical": ~different}
-    return preferences, {name: int(which.sum()) for name, which in counts.items()}
+    return Preferences(ids[rows], mask[rows], logps[rows], prompt, pairs, weight[keep])
 
 
-def decode_rows(ids: Tensor, mask: Tensor, tokenizer: tiktoken.Encoding) -> list[str]:
-    """Prompt and response of each row as one text, without the end token. ids, mask: (R, T)."""
-    ends = (mask * torch.arange(1, mask.size(1) + 1)).amax(1).tolist()
-    rows = [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
-    return tokenizer.decode_batch([[i for i in row if i != tokenizer.eot_token] for row in rows])
+def decode_rows(ids: Tensor, tokenizer) -> list[str]:
+    """The texts of ids (R, T): of each row, what stands before the end token."""
+    return [text.split("<|endoftext|>")[0] for text in tokenizer.decode_batch(ids.tolist())]

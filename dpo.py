@@ -207,6 +207,18 @@ def mean_weights(weight: Tensor) -> Tensor:
     return weight / weight.sum()
 
 
+def pair_metrics(share, losses, r_hat_w, r_hat_l) -> dict[str, Tensor]:
+    """Means over pairs, which count by their `share`. All arguments have shape (n,).
+
+    Metrics: loss; the implicit rewards r_hat_w and r_hat_l; their difference, the margin; accuracy,
+    the share of pairs with r_hat_w > r_hat_l, where a tie counts 1/2.
+    """
+    margin = r_hat_w - r_hat_l
+    values = {"loss": losses, "r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
+    values["accuracy"] = (margin.sign() + 1) / 2
+    return {name: (share * value).sum() for name, value in values.items()}
+
+
 def train(
     pi_theta: nn.Module,
     preferences: Preferences,
@@ -223,9 +235,8 @@ def train(
     batches: tensors of prompt numbers. logps_fn: computes log-probabilities as `response_logps`
     does. normalize: turns the weights of a batch's pairs into those of its mean.
 
-    Metrics: loss; the implicit rewards r_hat_w and r_hat_l; their difference, the margin; accuracy,
-    the share of pairs with r_hat_w > r_hat_l, where a tie counts 1/2; logp_w and logp_l, which may
-    both fall; grad_norm. All but grad_norm are weighted means over the pairs, before the step.
+    Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall; grad_norm. All are
+    from before the step.
     """
     device = next(pi_theta.parameters()).device
     for prompts in batches:
@@ -240,9 +251,7 @@ def train(
         optimizer.step()
 
         with torch.no_grad():
-            margin = r_hat_w - r_hat_l
-            metrics = {"loss": losses, "r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
-            metrics["accuracy"] = (margin.sign() + 1) / 2
-            metrics["logp_w"], metrics["logp_l"], _, _ = pair_logps(logps, batch)
-            means = {name: (share * value).sum() for name, value in metrics.items()}
-        yield means | {"grad_norm": grad_norm}
+            metrics = pair_metrics(share, losses, r_hat_w, r_hat_l)
+            logp_w, logp_l, _, _ = pair_logps(logps, batch)
+            metrics |= {"logp_w": (share * logp_w).sum(), "logp_l": (share * logp_l).sum()}
+        yield metrics | {"grad_norm": grad_norm}

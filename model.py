@@ -170,11 +170,12 @@ def sample(
     cache, new = pi.new_cache(len(prompts)), ids[:, :start]
     response = torch.arange(context, device=pi.device) >= lengths[:, None]  # (B, context)
     for t in range(start, context):
-        logits = pi.head(pi.hidden(new, cache, t - new.size(1))[:, -1]).float()  # (rows, V)
-        y = draw((logits / temperature).softmax(-1), generator)  # (rows, 1)
+        h = pi.hidden(new, cache, t - new.size(1))[:, -1]  # (rows, C)
+        logp = pi.head(h).float().log_softmax(-1)  # (rows, V)
+        y = draw((logp / temperature).softmax(-1), generator)  # (rows, 1)
         new = torch.where((t < lengths[rows])[:, None], ids[rows, t, None], y)  # prompt or sample
         ids[rows, t] = new[:, 0]
-        logps[rows, t] = logits.gather(1, new)[:, 0] - logits.logsumexp(1)
+        logps[rows, t] = logp.gather(1, new)[:, 0]
         if t % 8 == 0:  # drop rows that have ended; not at every token, as that copies the cache
             ended = (response & (ids == end))[rows, : t + 1].any(1)
             going = (~ended).nonzero()[:, 0]

@@ -9,7 +9,6 @@ that any policy can do? Because r* is known, the optimum is known too.
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +18,19 @@ from tqdm import tqdm
 
 import data
 import dpo
-from lib import cli, evaluate, report
+from lib import cli, report
 from lib.checkpoint import load_gpt, read_checkpoint, resize_context, to_checkpoint
 from lib.cli import flag
+from lib.evaluate import EvalConfig, evaluate_policy, make_eval_set, measure
 from lib.extension import find, load_loss
-from lib.inference import LOCAL, Inference, collate, fast_response_logps, with_ref_logps
-from lib.io import BadInput, cache_dir, download, open_user_file
+from lib.inference import LOCAL, collate, fast_response_logps
+from lib.io import BadInput, cache_dir, open_user_file
 from lib.optim import OPTIMIZERS, linear_warmup_decay, random_batches
 from lib.stage import Stage
 from model import GPT, GPTConfig
 
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-IMDB_MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 PI_REF = str(Path(__file__).parent / "lib" / "pi_ref.pt")  # made by beyond/pretrain.py
 REWARD = Path(__file__).parent / "lib" / "imdb_reward.json"  # made by beyond/reward.py
 
@@ -51,31 +51,29 @@ class Config:
     beta: tuple = flag((0.5, 1.0, 2.0), "KL penalty", 1e-4)
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)
-    n_layer: int = flag(2)
-    n_head: int = flag(4)
-    n_embd: int = flag(64)
+    shape: tuple = flag((2, 4, 64))  # blocks, heads and width of a model with random weights
     reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1)
-    sft_steps: int | None = flag(600, "steps of SFT; own: 3 epochs", 0)
+    sft_steps: int | None = flag(500, "steps of SFT; own: 3 epochs", 0)
     sft_batch_size: int = flag(32)
-    prompts: int = flag(10_000, "prompts to collect preferences on", 1)
+    prompts: int = flag(8_000, "prompts to collect preferences on", 1)
     completions: int = flag(4, "completions per prompt", 2)
+    frozen: int = flag(0, "freeze the embeddings and the first N blocks in DPO; 0: none", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
     lr: float = flag(0.009, "peak learning rate at beta 1", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own: at least 100 steps", 1)
     batch_size: int = flag(64, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
-    ref_samples: int = flag(512, "samples of pi_ref per prompt", 16)
+    ref_samples: int = flag(384, "samples of pi_ref per prompt", 16)
     eval_samples: int = flag(96, "samples of pi_theta per prompt", 1)
     # fmt: on
 
 
-SIZE = {"n_layer": 4, "n_head": 6, "n_embd": 192}
 PRESETS = {
-    "imdb": SIZE
+    "imdb": {"shape": (4, 6, 192)}
     | {"init": PI_REF, "beta": (0.1, 0.3, 1.0), "context": 48, "reviews": 75_000, "sft_steps": None}
-    | {"prompts": 1600, "completions": 16, "lr": 8e-5, "batch_size": 4}
+    | {"prompts": 1600, "completions": 16, "frozen": 2, "lr": 1e-4, "batch_size": 4}
     | {"eval_prompts": 64, "ref_samples": 384, "eval_samples": 40},
-    "own": SIZE
+    "own": {"shape": (4, 6, 192)}
     | {"init": PI_REF, "beta": (0.1,), "context": 256, "sft_steps": None, "sft_batch_size": 16}
     | {"lr": 1e-4, "epochs": None, "batch_size": 16}
     | {"eval_prompts": 64, "ref_samples": 16, "eval_samples": 4},
@@ -86,23 +84,27 @@ PRESETS = {
 
 def load_dataset(cfg: Config, stage: Stage, tokens: list[bytes] | None) -> data.Dataset:
     """The toy reviews, IMDb's, or preferences from a file. Raises BadInput if they are unusable."""
-    reviews = 0 if sft_settings(cfg)[0] == 0 else cfg.reviews
+    reviews = cfg.reviews if sft_settings(cfg, 0)[0] else 0
     sizes = data.Sizes(cfg.prompts, cfg.eval_prompts, cfg.context, reviews)
     with open_user_file(Path(cfg.data), "a dataset"):
         if cfg.data == "toy":
-            return stage("dataset", data.load_toy, sizes, cfg.seed, tokens)
-        if cfg.data == "imdb":
-            found = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
-            return stage("dataset", data.load_imdb, found, REWARD, sizes, cfg.seed, tokens)
-        load_pairs = find("load_pairs", "beyond.custom_data")
-        return stage("dataset", load_pairs, Path(cfg.data), sizes, cfg.seed, tokens)
+            load = data.load_toy
+        elif cfg.data == "imdb":
+            reviews = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
+            load = partial(data.load_imdb, reviews, REWARD)
+        else:
+            load = partial(find("load_pairs", "beyond.custom_data"), Path(cfg.data))
+        return stage("dataset", load, sizes, cfg.seed, tokens)
 
 
 def load_reviews(path: Path | None, stage: Stage) -> dict[str, list[str]]:
     """The reviews of IMDb, which are downloaded if there is no path."""
-    path = path or download(IMDB_URL, cache_dir() / "aclImdb_v1.tar.gz", IMDB_MD5)
-    with open_user_file(path, "the IMDb archive"):
-        return stage("reviews", data.read_imdb, path)
+    archive = path or cache_dir() / "aclImdb_v1.tar.gz"
+    with open_user_file(archive, "the IMDb archive"):
+        if not path and not archive.exists():
+            print(f"downloading {IMDB_URL}; if you have this file, stop and use --imdb")
+            torch.hub.download_url_to_file(IMDB_URL, archive, IMDB_SHA256)
+        return stage("reviews", data.read_imdb, archive)
 
 
 # -------------------------------------------------- 2. supervised fine-tuning
@@ -119,27 +121,23 @@ def initial_model(cfg: Config) -> dict:
         tokens = found["tokens"]
     vocab_size = data.load_tokenizer(tokens).n_vocab
     torch.manual_seed(cfg.seed)
-    config = GPTConfig(vocab_size, cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    return to_checkpoint(GPT(config), tokens)
+    return to_checkpoint(GPT(GPTConfig(vocab_size, cfg.context, *cfg.shape)), tokens)
 
 
-def sft_settings(cfg: Config) -> tuple[int | None, int, float]:
-    """Steps, batch size and learning rate of fine-tuning."""
+def sft_settings(cfg: Config, n: int) -> tuple[int, int, float]:
+    """Steps, batch size and learning rate of fine-tuning on n texts.
+
+    Without --sft-steps: three epochs, but 50 to 3,000 steps; none if pi_ref was made for IMDb.
+    """
     random = cfg.from_scratch or not cfg.init
-    ready = cfg.data == "imdb" and cfg.init == PI_REF and not random  # it was trained on IMDb
-    steps = 0 if ready and cfg.sft_steps is None else cfg.sft_steps
+    ready = cfg.data == "imdb" and cfg.init == PI_REF and not random
+    steps = 0 if ready else min(3000, max(50, 3 * n // cfg.sft_batch_size))
+    steps = steps if cfg.sft_steps is None else cfg.sft_steps
     return steps, cfg.sft_batch_size, 6e-3 if random else 5e-4
 
 
-def sft_steps(n: int, steps: int | None, batch_size: int) -> int:
-    """None stands for three epochs over n texts, but 50 to 3,000 steps."""
-    return min(3000, max(50, 3 * n // batch_size)) if steps is None else steps
-
-
-def sft(checkpoint: dict, texts: list[list[int]], steps: int | None, batch_size: int, lr: float,
-        seed: int, device: torch.device) -> dict:  # fmt: skip
+def sft(checkpoint: dict, texts, steps: int, batch_size: int, lr: float, seed: int, device) -> dict:
     """Fine-tune a model on texts: AdamW on the mean cross-entropy per token. Returns pi_ref."""
-    steps = sft_steps(len(texts), steps, batch_size)
     pi = load_gpt(checkpoint, device)
     weights = [p for name, p in pi.named_parameters() if name != "bias"]  # only DPO trains it
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), fused=True)
@@ -163,15 +161,11 @@ def sft(checkpoint: dict, texts: list[list[int]], steps: int | None, batch_size:
 # -------------------------------------------------- 3. completions and preferences
 
 
-def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device: torch.device,
-             infer: Inference = LOCAL):  # fmt: skip
+def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device, infer=LOCAL):
     """K completions of pi_ref for each prompt: (ids, mask, logps) (P K, T), and rewards (P, K)."""
-    pi_ref, tokenizer = infer.load(reference, device), data.load_tokenizer(reference["tokens"])
-    prompts = [x for x in dataset.prompts for _ in range(K)]
-    how = tokenizer.eot_token, seed, "sampling completions"
-    ids, mask, logps = infer.generate(pi_ref, prompts, *how)
-    rewards = dataset.reward(data.decode_rows(ids, mask, tokenizer)).view(-1, K)
-    return (ids, mask, logps), rewards
+    how = dataset, seed, "sampling completions", infer
+    completions, _, values = measure(infer.load(reference, device), dataset.prompts, K, *how)
+    return completions, values["reward"]
 
 
 # -------------------------------------------------- 4. DPO
@@ -181,6 +175,7 @@ def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device: 
 class Training:
     """How one policy is trained."""
 
+    frozen: int  # blocks
     optimizer: str
     lr: float  # the peak
     epochs: int | None  # None for one epoch, or as many as it takes to reach 100 steps
@@ -194,12 +189,11 @@ class Training:
         return random_batches(n, self.batch_size, epochs, self.seed)
 
 
-def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how: Training,
-              look: Callable[..., dict] | None, device: torch.device) -> dict:  # fmt: skip
+def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -> dict:
     """Train pi_theta from pi_ref. Returns its checkpoint, with all steps' metrics as "curves".
 
-    Ten times during training, the result of look(pi_theta, pi_ref, loss) is added to the metrics.
-    If it has samples, they are printed at four of these times.
+    Ten times during training, at tenth = 1 to 10, the result of look(pi_theta, pi_ref, loss, tenth)
+    is added to the metrics.
     """
     if not len(preferences.pairs):
         raise BadInput("there are no pairs: all completions are equally good or identical")
@@ -207,6 +201,9 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
     batches = how.batches(preferences)
     steps, curves = len(batches), []
     print(f"{steps:,} optimizer steps of up to {how.batch_size} prompts")
+    if how.frozen:
+        for module in (pi_theta.wte, pi_theta.wpe, *pi_theta.h[: how.frozen]):
+            module.requires_grad_(False)
     optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(steps))
     args = pi_theta, preferences, loss, optimizer, batches
@@ -218,9 +215,7 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
             raise BadInput(f"training diverged at step {step}: lower --lr")
         tenth = step * 10 // steps
         if look and tenth > (step - 1) * 10 // steps:
-            row |= look(pi_theta, pi_ref, loss)
-            for text in row.get("samples", []) if tenth % 3 == 1 else []:
-                bar.write(f"{step / steps:4.0%} | {text}")
+            row |= look(pi_theta, pi_ref, loss, tenth)
         curves.append(row)
         bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**row), False)
     return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
@@ -229,8 +224,8 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
 # -------------------------------------------------- the experiment
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
-    """The experiment. Writes the report after each beta, and returns what is in results.json."""
+def run(cfg: Config, stage: Stage, device: torch.device) -> str:
+    """The experiment. Writes results.json after each beta, and returns its table."""
     loss = load_loss(cfg.loss, cfg.loss_args)
     if cfg.pairs == "best-worst":
         cfg = replace(cfg, labels="argmax")
@@ -238,45 +233,46 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
     dataset = load_dataset(cfg, stage, start["tokens"])
     if dataset.pairs:
         print(find("expected_time", "beyond.custom_data")(cfg, dataset, start, device))
-    reference = stage("reference", sft, start, dataset.sft_texts, *sft_settings(cfg), seed, device)
+    texts = dataset.sft_texts
+    how = sft_settings(cfg, len(texts))
+    reference = stage("reference", sft, start, texts, *how, seed, device)
 
-    eval_pairs, counts = None, {}
+    eval_pairs = None
     if dataset.pairs:
-        preferences = stage("preferences", with_ref_logps, dataset.pairs, reference, device)
-        eval_pairs = stage("eval_pairs", with_ref_logps, dataset.eval_pairs, reference, device)
+        score = find("with_ref_logps", "beyond.custom_data")
+        preferences, eval_pairs = stage("preferences", score, dataset, reference, device)
     else:
         made = stage("completions", complete, reference, dataset, cfg.completions, seed, device)
         if cfg.pairs == "best-worst":
             made = find("best_worst", "beyond.pairs")(*made)
-        preferences, counts = stage("preferences", data.label_pairs, *made, cfg.labels, seed)
+        preferences = stage("preferences", data.label_pairs, *made, cfg.labels, seed)
     samples = min(cfg.eval_samples, cfg.ref_samples)
-    ev = evaluate.EvalConfig(cfg.ref_samples, samples, cfg.completions, cfg.labels, seed)
-    eval_set = stage("eval_set", evaluate.make_eval_set, dataset, eval_pairs, reference, ev, device)
+    ev = EvalConfig(cfg.ref_samples, samples, cfg.completions, cfg.labels, seed)
+    eval_set = stage("eval_set", make_eval_set, dataset, eval_pairs, reference, ev, device)
 
-    watched = {"dataset": dataset, "eval_set": eval_set, "tokens": start["tokens"], "seed": seed}
-    look = partial(find("monitor", "beyond.monitor"), **watched)
-    runs, results = {}, {}
+    monitor = find("monitor", "beyond.monitor")
+    look = partial(monitor, dataset=dataset, eval_set=eval_set, seed=seed)
+    runs = {}
     for beta in cfg.beta:
         lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls; the exponent is tuned
-        how = Training(cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
+        how = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
         args = preferences, partial(loss, beta=beta), how, look, device
         policy = stage(f"dpo-{beta:g}", train_dpo, reference, *args)
         args = reference, dataset, eval_set, beta, ev, device
-        runs[beta] = policy, stage(f"eval-{beta:g}", evaluate.evaluate_policy, policy, *args)
-        results = report.results(cfg, dataset, eval_set, start["tokens"], runs)
-        results["labels"] = {"pairs": len(preferences.pairs)} | counts
-        results |= {"seconds": stage.seconds, "machine": cli.machine(device)}
-        report.write_report(stage.folder, results)
-    return results
+        runs[beta] = policy, stage(f"eval-{beta:g}", evaluate_policy, policy, *args)
+        more = {"pairs": len(preferences.pairs), "seconds": stage.seconds}
+        more["machine"] = find("machine", "beyond.page")(device)
+        report.write_results(stage.folder, cfg, dataset, eval_set, runs, more)
+    return report.draw(stage.folder)
 
 
-def main(argv: list[str]) -> int:
+def main(argv) -> int:
     args, cfg = cli.parse("train.py", __doc__, Config, PRESETS, argv)
 
     def work() -> str:
-        results = run(cfg, Stage(args.out), args.device)
+        table = run(cfg, Stage(args.out), args.device)
         see = f"see {args.out / 'figure.png'}; next: python -m beyond.sample {args.out}"
-        return f"{report.summary(results)}\n{see}, or another --loss or --beta"
+        return f"{table}\n{see}, or another --loss or --beta"
 
     return cli.run_cli("train.py", args.out, args.debug, work)
 

@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import dpo
+from beyond.page import machine
 from lib import cli
 from lib.io import atomic_write
 from lib.inference import fast_response_logps
@@ -230,7 +231,7 @@ def measure(config: GPTConfig, prompts: int, samples: int, repetitions: int) -> 
         repeat = tqdm(range(repetitions + 1), "repetitions")
         rates = [[task.run() for task in tasks] for _ in repeat]
     rows = summarise(tasks, np.array(rates[1:]))
-    return {"rows": rows, "skipped": skipped, **cli.machine(torch.device("cpu"))}
+    return {"rows": rows, "skipped": skipped, **machine(torch.device("cpu"))}
 
 
 def summarise(tasks: list[Task], rates: np.ndarray) -> list[dict]:

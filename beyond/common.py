@@ -24,6 +24,7 @@ from torch import Tensor
 import dpo
 import train
 from beyond.losses import split_rows
+from beyond.page import machine
 from beyond.pairs import Ids, Reward, Sample, Score, rows_of_prompts
 from data import Dataset, decode_rows, label_pairs, load_tokenizer
 from lib import cli, evaluate
@@ -54,7 +55,6 @@ class Experiment:
     completions: tuple[Tensor, Tensor, Tensor]
     rewards: Tensor  # (P, K) r* of the completions
     preferences: dpo.Preferences
-    counts: dict[str, int]
     eval_set: EvalSet
     ref_lengths: Tensor  # (P, N) tokens of pi_ref's evaluation samples
     ev: EvalConfig
@@ -69,26 +69,25 @@ def prepare(cfg: train.Config, stage: Stage, device: torch.device) -> Experiment
         raise BadInput(f"--data {cfg.data}: this needs a known reward; use toy or imdb")
     seed, reference = cfg.seed, train.initial_model(cfg)
     dataset = train.load_dataset(cfg, stage, reference["tokens"])
-    args = dataset.sft_texts, *train.sft_settings(cfg), seed, device
+    texts = dataset.sft_texts
+    args = texts, *train.sft_settings(cfg, len(texts)), seed, device
     reference = stage("reference", train.sft, reference, *args)
     made = stage("completions", train.complete, reference, dataset, cfg.completions, seed, device)
-    preferences, counts = stage("preferences", label_pairs, *made, cfg.labels, seed)
+    preferences = stage("preferences", label_pairs, *made, cfg.labels, seed)
     sizes = cfg.ref_samples, min(cfg.eval_samples, cfg.ref_samples), cfg.completions
     ev = EvalConfig(*sizes, cfg.labels, seed)
     eval_set = stage("eval_set", evaluate.make_eval_set, dataset, None, reference, ev, device)
     lengths = stage("ref_lengths", reference_lengths, dataset, reference, ev, device)
-    return Experiment(
-        cfg, device, dataset, reference, *made, preferences, counts, eval_set, lengths, ev
-    )
+    return Experiment(cfg, device, dataset, reference, *made, preferences, eval_set, lengths, ev)
 
 
 def reference_lengths(
     dataset: Dataset, reference: dict, ev: EvalConfig, device: torch.device
 ) -> Tensor:
     """The tokens (P, N) of the samples behind `EvalSet.rewards`, which are drawn again."""
-    pi_ref, end = load_gpt(reference, device), load_tokenizer(reference["tokens"]).eot_token
-    prompts = [x for x in dataset.eval_prompts for _ in range(ev.ref_samples)]
-    _, mask, _ = generate(pi_ref, prompts, end, ev.seed, "sampling pi_ref")
+    pi_ref, tokenizer = load_gpt(reference, device), load_tokenizer(reference["tokens"])
+    how = dataset.eval_prompts, ev.ref_samples, tokenizer, ev.seed, "sampling pi_ref"
+    (_, mask, _), _ = generate(pi_ref, *how)
     return mask.sum(1).view(-1, ev.ref_samples)
 
 
@@ -112,7 +111,8 @@ def train_on_pairs(
 def training(cfg: train.Config, lr: float, epochs: int | None = None) -> train.Training:
     """lr: in units of --lr."""
     lr *= cfg.lr
-    return train.Training(cfg.optimizer, lr, epochs or cfg.epochs, cfg.batch_size, cfg.seed)
+    more = lr, epochs or cfg.epochs, cfg.batch_size, cfg.seed
+    return train.Training(cfg.frozen, cfg.optimizer, *more)
 
 
 def evaluated(stage: Stage, name: str, e: Experiment, policy: dict) -> dict:
@@ -141,13 +141,13 @@ def prompts_of(preferences: dpo.Preferences) -> list[Ids]:
 def true_reward(dataset: Dataset, reference: dict) -> Reward:
     """r*(x, y) of token ids."""
     tokenizer = load_tokenizer(reference["tokens"])
-    return lambda ids, mask: dataset.reward(decode_rows(ids.cpu(), mask.cpu(), tokenizer))
+    return lambda ids, mask: dataset.reward(decode_rows(ids, tokenizer))
 
 
 def sampler(policy: dict, seed: int, what: str, device: torch.device) -> Sample:
     """Responses of a policy, as `model.sample` returns them."""
-    pi, end = load_gpt(policy, device), load_tokenizer(policy["tokens"]).eot_token
-    return lambda prompts: generate(pi, prompts, end, seed, what)
+    pi, tokenizer = load_gpt(policy, device), load_tokenizer(policy["tokens"])
+    return lambda prompts: generate(pi, prompts, 1, tokenizer, seed, what)[0]
 
 
 def scorer(reference: dict, device: torch.device) -> Score:
@@ -203,12 +203,12 @@ def about(e: Experiment) -> dict:
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(e.cfg).items()}
     return {
         "config": settings,
-        "labels": e.counts,
+        "pairs": len(e.preferences.pairs),
         "pair_accuracy_of_true_reward": accuracy_of_true_reward(e.eval_set),
         "reference": e.eval_set.about,
         "optimum": optimum_rows(r, lengths),
         "best_of_n": best_of_n_rows(r, lengths),
-    } | cli.machine(e.device)
+    } | machine(e.device)
 
 
 def accuracy_of_true_reward(eval_set: EvalSet) -> float:

@@ -92,7 +92,7 @@ def rso(round: Round) -> dpo.Preferences:
     """All pairs of three samples of pi_ref, accepted of sixteen by RSO's Algorithm 1."""
     made = pairs.generate(round.prompts, 16, round.sample, round.reward)
     accepted, r = pairs.rso(*made, round.beta, 3, random.Random(round.seed))
-    preferences, _ = label_pairs(accepted, r, "bt", round.seed)
+    preferences = label_pairs(accepted, r, "bt", round.seed)
     return preferences
 
 
@@ -394,8 +394,7 @@ def draw(results: dict) -> Figure:
 
 def title(results: dict) -> str:
     cfg = results["config"]
-    pairs_ = results["labels"]["pairs"]
-    return f"{cfg['data']}, {cfg['labels']} labels, {pairs_:,} pairs, seed {cfg['seed']}"
+    return f"{cfg['data']}, {cfg['labels']} labels, {results['pairs']:,} pairs, seed {cfg['seed']}"
 
 
 def main(argv: list[str]) -> int:

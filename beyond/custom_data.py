@@ -4,6 +4,7 @@ The file has any format that beyond/convert.py reads. Each row becomes pairs of 
 and a rejected response.
 """
 
+import dataclasses
 import math
 import random
 import time
@@ -15,9 +16,9 @@ from beyond.convert import convert
 from data import Dataset, Sizes, load_tokenizer
 from dpo import Preferences
 from lib.checkpoint import load_gpt
-from lib.inference import collate, fast_response_logps
+from lib.inference import LOCAL, Inference, collate, fast_response_logps, row_lengths
 from lib.io import BadInput, open_user_file
-from train import Training, sft_steps
+from train import Training, sft_settings
 
 FIELDS = ("prompt", "chosen", "rejected")
 FEW = 30  # with fewer held-out pairs, accuracy says little
@@ -51,11 +52,23 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
     if len(held) < FEW:
         print(f"only {len(held)} pairs are held out: their accuracy says little")
     return Dataset(
+        tokens,
         eval_prompts=[list(x) for x in prompts if x in held_out][: sizes.eval_prompts],
         sft_texts=[[*x, *y_w] for x, y_w, _ in train],
         pairs=to_preferences(train),
         eval_pairs=to_preferences(held),
     )
+
+
+def with_ref_logps(
+    dataset: Dataset, reference: dict, device: torch.device, infer: Inference = LOCAL
+) -> list[Preferences]:
+    """dataset.pairs and dataset.eval_pairs with the log-probabilities under pi_ref."""
+    pi_ref, found = infer.load(reference, device), []
+    for pairs in (dataset.pairs, dataset.eval_pairs):
+        logps = infer.compute_logps(pi_ref, pairs.ids, pairs.mask)
+        found.append(dataclasses.replace(pairs, ref_logps=logps))
+    return found
 
 
 def to_preferences(pairs: list[tuple]) -> Preferences:
@@ -103,10 +116,10 @@ def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device)
 def tokens_to_train(cfg, dataset: Dataset) -> int:
     """The approximate number of tokens in all training steps."""
     texts, pairs = dataset.sft_texts, dataset.pairs
-    steps = sft_steps(len(texts), cfg.sft_steps, cfg.sft_batch_size)
+    steps, _, _ = sft_settings(cfg, len(texts))
     sft_epochs = steps * cfg.sft_batch_size / len(texts)
-    how = Training(cfg.optimizer, cfg.lr, cfg.epochs, cfg.batch_size, cfg.seed)
+    how = Training(cfg.frozen, cfg.optimizer, cfg.lr, cfg.epochs, cfg.batch_size, cfg.seed)
     dpo_epochs = sum(map(len, how.batches(pairs))) / (int(pairs.prompt.max()) + 1)
-    row_lengths = (pairs.mask * torch.arange(1, pairs.mask.size(1) + 1)).amax(1)
-    tokens = sft_epochs * sum(map(len, texts)) + len(cfg.beta) * dpo_epochs * row_lengths.sum()
+    in_pairs = row_lengths(pairs.mask).sum()
+    tokens = sft_epochs * sum(map(len, texts)) + len(cfg.beta) * dpo_epochs * in_pairs
     return int(tokens)

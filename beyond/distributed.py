@@ -39,7 +39,7 @@ from tqdm import tqdm
 import dpo
 import train
 from beyond.sharded import SHARED, gather, logps_in_parts, shard
-from lib import cli, optim, report
+from lib import cli, optim
 from lib.io import BadInput
 from lib.extension import load_loss
 from lib.stage import Stage, stage_key
@@ -134,12 +134,15 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
     how_sharded = s.replicate, s.checkpoint_activations, s.compile
     pi_theta, pi_ref = shard(reference, device, *how_sharded), shard(reference, device, s.replicate)
     batches, curves = how.batches(preferences), []
+    if how.frozen:
+        for module in (pi_theta.wte, pi_theta.wpe, *pi_theta.h[: how.frozen]):
+            module.requires_grad_(False)
     optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
     for row in train_sharded(pi_theta, preferences, loss, optimizer, batches, how.lr, job):
         curves.append(row)
         step, steps = len(curves), len(batches)
         if step * 10 // steps > (step - 1) * 10 // steps and "kl" not in row:
-            row |= look(pi_theta, pi_ref, loss, infer=SHARED)
+            row |= look(pi_theta, pi_ref, loss, 0, infer=SHARED)
     return gather(pi_theta, reference) | {"curves": curves}
 
 
@@ -176,10 +179,10 @@ def lead(args, settings: Settings) -> str:
     loss = load_loss(settings.loss, settings.loss_args)
     check_loss(partial(loss, beta=settings.beta[0]), settings.loss)
     device = torch.device(args.device.type)  # of each process
-    results = train.run(settings, ParallelStage(args.out, settings), device)
+    table = train.run(settings, ParallelStage(args.out, settings), device)
     dist.broadcast_object_list([None])
     shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
-    return report.summary(results)
+    return table
 
 
 def follow(settings: Settings):

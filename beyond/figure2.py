@@ -441,7 +441,7 @@ def draw(results: dict) -> Figure:
     left.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
     left.plot([], [], "s:", color="0.55", ms=3, label="best of N, at a bound on its KL")
     left.legend(loc="lower right", frameon=False)
-    cfg, n = results["config"], results["labels"]["pairs"]
+    cfg, n = results["config"], results["pairs"]
     figure.suptitle(f"{cfg['data']}, {cfg['labels']} labels, {n:,} pairs, seed {cfg['seed']}")
     return figure
 

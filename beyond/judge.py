@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from beyond.common import markdown
 from beyond.sample import load_models, load_stage, read_config
-from data import decode_rows, load_tokenizer
+from data import load_tokenizer
 from lib import cli
 from lib.inference import generate
 from lib.io import BadInput, atomic_write, cache_dir, open_user_file
@@ -102,11 +102,10 @@ def judge(folder: Path, imdb: Path | None, samples: int) -> list[dict]:
     made = shared("judge", train_judge, load_reviews(imdb, shared), tokens)
     about = "its accuracy is {accuracy:.3f} on test reviews, {accuracy_short:.3f} on 40 tokens"
     print("the judge:", about.format(**made))
-    prompts = [x for x in load_stage(folder / "dataset.pt").eval_prompts for _ in range(samples)]
+    prompts = load_stage(folder / "dataset.pt").eval_prompts
     rows, first = [], None
     for name, pi in models.policies.items():
-        ids, mask, _ = generate(pi, prompts, models.tokenizer.eot_token, 0, f"judging {name}")
-        texts = decode_rows(ids, mask, models.tokenizer)
+        _, texts = generate(pi, prompts, samples, models.tokenizer, 0, f"judging {name}")
         grams = [ngrams(ids) for ids in models.tokenizer.encode_ordinary_batch(texts)]
         r, other = models.reward(texts), bag(grams, made["weight"]) + made["bias"]
         first = first or (r, other)

@@ -1,17 +1,18 @@
 """The figures of a run, and one page with figures, table, settings, command and samples.
 
-Everything comes from out/results.json. train.py writes the page after each beta, and
-`python -m lib.report out` writes it again. The page contains
-everything it shows and loads nothing. In the samples, the colour of a word is its contribution in
-context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and orange for
-pi_theta, as in the figures; so words that raise r* are green and underlined, and words that lower
-it are red with a dotted underline.
+Everything comes from out/results.json. train.py makes them at its end, and `python -m lib.report
+out` makes them again. The page contains everything it shows and loads nothing. In the samples, the
+colour of a word is its contribution in context: r*(text) - r*(text without the word), in nats. Blue
+stands for pi_ref and orange for pi_theta, as in the figures; so words that raise r* are green and
+underlined, and words that lower it are red with a dotted underline.
 """
 
 import base64
 import dataclasses
 import io
 import json
+import platform
+import re
 import shlex
 import textwrap
 from html import escape
@@ -19,13 +20,15 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
+from beyond.custom_data import accuracy_line
 from beyond.sample import printable, true_reward
 from data import Reward
-from lib import report
 from lib.io import atomic_write
+from lib.optim import bf16_supported
 from train import PRESETS, Config
 
 PANELS = {  # metric in the curves: title
@@ -68,6 +71,12 @@ pre { background: var(--soft); padding: .8rem; white-space: pre-wrap; overflow-w
 .plus { background: rgba(var(--plus), var(--a)); text-decoration: underline }
 .minus { background: rgba(var(--minus), var(--a)); text-decoration: underline dotted }
 """
+TABLE = {  # the column of each metric in results.json
+    "beta": "beta", "kl": "KL", "optimal_kl": "optimal KL", "gain": "gain", "reward": "reward",
+    "optimal_reward": "optimal reward", "p_positive": "P(positive)", "win_rate": "win rate",
+    "length": "length", "pair_accuracy": "accuracy", "reward_slope": "slope", "reward_r2": "R2",
+    "fraction_of_optimal": "fraction",
+}  # fmt: skip
 
 
 # ------------------------------------------------- parts of the page
@@ -91,8 +100,8 @@ def figure(drawing: Figure, caption: str) -> str:
 
 def points_table(points: list[dict]) -> str:
     """The results of each beta. Each cell keeps its exact value."""
-    names = [name for name in report.TABLE if name in points[0]]
-    rows = [tag("tr", "".join(tag("th", escape(report.TABLE[name])) for name in names))]
+    names = [name for name in TABLE if name in points[0]]
+    rows = [tag("tr", "".join(tag("th", escape(TABLE[name])) for name in names))]
     for point in points:
         cells = []
         for name in names:
@@ -109,6 +118,30 @@ def settings_table(values: dict) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
         rows.append(tag("tr", tag("th", escape(name)) + tag("td", escape(text))))
     return tag("table", "".join(rows), class_="settings")
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What results depend on besides the settings."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "device": str(device),
+        "processor": names[0] if names else platform.processor(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "bf16": bf16_supported(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def title(config: dict) -> str:
+    known = config["data"] in ("toy", "imdb")
+    return Path(config["data"]).name + (f", {config['labels']} labels" if known else "")
+
+
+def method(config: dict) -> str:
+    name = config["loss"].rpartition(":")[2]
+    return name if ":" in config["loss"] else name.upper()
 
 
 def command(config: dict) -> str:
@@ -155,16 +188,15 @@ def response(prompt: str, text: str, reward: Reward | None) -> str:
 
 def samples(results: dict, reward: Reward | None) -> str:
     blocks = []
-    for sample in results["samples"]:
+    for i, prompt in enumerate(results["prompts"]):
         cards = []
-        for name, text, r in zip(
-            results["columns"], sample["texts"], sample["rewards"], strict=True
-        ):
+        for name, sample in results["samples"].items():
+            text, r = sample["texts"][i], sample["rewards"][i] if "rewards" in sample else None
             about = name if r is None else f"{name}: r* = {r:+.2f}"
             heading = tag("span", escape(about), class_="name", title=json.dumps(r))
             kind = "ref" if name == "pi_ref" else "theta"
-            cards.append(tag("p", heading + response(sample["prompt"], text, reward), class_=kind))
-        title = tag("h3", f"{escape(sample['prompt'])} ...")
+            cards.append(tag("p", heading + response(prompt, text, reward), class_=kind))
+        title = tag("h3", f"{escape(prompt)} ...")
         blocks.append(title + tag("div", "".join(cards), class_="policies"))
     return "".join(blocks)
 
@@ -200,7 +232,7 @@ def draw_frontier(results: dict) -> Figure:
         draw_optimum(ax, results, right)
     columns = [[p.get(n) or 0 for p in points] for n in ("kl", name, "kl_se", name + "_se")]
     kl, y, kl_se, y_se = np.array(columns)
-    label = f"{results['method']}, ±2 standard errors"
+    label = f"{method(results['config'])}, ±2 standard errors"
     ax.errorbar(kl, y, 2 * y_se, 2 * kl_se, "o", color=ORANGE, label=label)
     for p in points:
         ax.annotate(rf"  $\beta$ = {p['beta']:g}", (p["kl"], p[name]), va="top")
@@ -216,7 +248,7 @@ def draw_frontier(results: dict) -> Figure:
     ax.xaxis.set_major_locator(FixedLocator([t for t in TICKS if t == 0 or right / 40 < t < right]))
     ax.xaxis.set_major_formatter("{x:g}")
     xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response, square-root scale"
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=results["title"])
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title(results["config"]))
     ax.legend(loc="lower right", framealpha=1)
     return figure
 
@@ -224,8 +256,9 @@ def draw_frontier(results: dict) -> Figure:
 def draw_optimum(ax, results: dict, right: float):
     """The optimal frontier, the region where it cannot be estimated, and each beta's optimum."""
     base = results["reference"]["reward"]
-    rows = [(f["kl"], f["reward"] - base) for f in results["frontier"] if f["reliable"]]
-    kl, gain = np.transpose([(0, 0), *rows])
+    reliable = np.array(results["frontier"]["reliable"], bool)
+    kl = np.array([0, *np.array(results["frontier"]["kl"])[reliable]])
+    gain = np.array([0, *np.array(results["frontier"]["reward"])[reliable] - base])
     ax.plot(kl, gain, color="0.3", label="optimum of all policies (Eq. 4)")
     if kl[-1] < right:
         ax.axvspan(kl[-1], right, color="0.93", label="optimum cannot be estimated here")
@@ -261,15 +294,16 @@ def draw_curves(curves: dict) -> Figure:
     return figure
 
 
-def samples_text(columns: list[str], samples: list[dict], width: int = 38) -> str:
+def samples_text(prompts: list[str], samples: dict[str, dict], width: int = 38) -> str:
     """What each policy wrote for the same prompts, side by side, with the true reward if known."""
-    rows = [columns]
-    for sample in samples:
+    rows = [list(samples)]
+    for i, prompt in enumerate(prompts):
         cells = []
-        for text, r in zip(sample["texts"], sample["rewards"], strict=True):
-            reward = "" if r is None else f"{r:+.2f} "
-            cells.append(textwrap.wrap(reward + text.removeprefix(sample["prompt"]).strip(), width))
-        rows += [[], [f"{sample['prompt']} ..."], *zip_longest(*cells, fillvalue="")]
+        for sample in samples.values():
+            reward = f"{sample['rewards'][i]:+.2f} " if "rewards" in sample else ""
+            text = sample["texts"][i].removeprefix(prompt).strip()
+            cells.append(textwrap.wrap(reward + text, width))
+        rows += [[], [f"{prompt} ..."], *zip_longest(*cells, fillvalue="")]
     return "".join(" | ".join(f"{cell:{width}}" for cell in row).rstrip() + "\n" for row in rows)
 
 
@@ -279,11 +313,11 @@ def samples_text(columns: list[str], samples: list[dict], width: int = 38) -> st
 def page(results: dict, reward: Reward | None) -> str:
     points, known = results["points"], bool(results["frontier"])
     caption = "Gain in true reward" if known else "Accuracy on held-out pairs"
-    about = {"reference": results["reference"], "labels": results["labels"]}
+    about = {"reference": results["reference"], "pairs": results["pairs"]}
     about |= {"machine": results["machine"], "seconds": results["seconds"]}
     body = [
-        tag("h1", escape(results["title"])),
-        tag("p", escape(report.summary(results).splitlines()[-1])) if known else "",
+        tag("h1", escape(title(results["config"]))),
+        tag("p", escape(summary(results).splitlines()[-1])) if known else "",
         figure(draw_frontier(results), f"{caption} against KL from pi_ref, for each beta."),
         tag("h2", "Results"),
         points_table(points),
@@ -303,18 +337,38 @@ def page(results: dict, reward: Reward | None) -> str:
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
-        tag("title", escape(results["title"])),
+        tag("title", escape(title(results["config"]))),
         tag("style", STYLE),
     ]
     content = "\n".join(["<!doctype html>", '<html lang="en">', *head, "<body>", *body])
     return content + "\n</body></html>\n"
 
 
-def write_page(out: Path, results: dict):
-    """Write figure.png, curves.png, samples.txt and report.html."""
+def summary(results: dict) -> str:
+    """The table of a run, and how close it came to the optimum."""
+    points = results["points"]
+    names = [name for name in TABLE if name in points[0]]
+    rows = [[TABLE[name] for name in names]]
+    rows += [["-" if p[name] is None else f"{p[name]:.3g}" for name in names] for p in points]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    fractions = [p["fraction_of_optimal"] for p in points if p.get("fraction_of_optimal")]
+    if fractions:
+        low, high = f"{min(fractions):.0%}", f"{max(fractions):.0%}"
+        share = low if low == high else f"{low} to {high}"
+        name = method(results["config"])
+        table.append(f"{name} attains {share} of the largest possible gain at its KL.")
+    if not results["frontier"]:
+        table += map(accuracy_line, points)
+    return "\n".join(table)
+
+
+def write_page(out: Path, results: dict) -> str:
+    """Write figure.png, curves.png, samples.txt and report.html. Returns the table."""
     draw_frontier(results).savefig(out / "figure.png", dpi=120)
     content = page(results, true_reward(out) if results["frontier"] else None)
     atomic_write(out / "report.html", content.encode())
     draw_curves(results["curves"]).savefig(out / "curves.png", dpi=120)
-    text = samples_text(results["columns"], results["samples"])
+    text = samples_text(results["prompts"], results["samples"])
     atomic_write(out / "samples.txt", text.encode())
+    return summary(results)

@@ -58,7 +58,7 @@ def online(
     if which == "best-worst":
         completions, rewards = best_worst(completions, rewards)
         labels = "argmax"
-    preferences, _ = label_pairs(completions, rewards, labels, seed)
+    preferences = label_pairs(completions, rewards, labels, seed)
     return replace(preferences, ref_logps=score(preferences.ids, preferences.mask))
 
 

@@ -233,8 +233,7 @@ def report(pi: GPT, tokens: list[bytes], reviews: dict[str, list[str]], out: Pat
     rng.shuffle(unseen)
     texts = openings(unseen[:3000], tokenizer, CONTEXT)
     prompts = cut_prompts(texts, tokenizer, rng)
-    ids, mask, _ = generate(pi, prompts, tokenizer.eot_token, 0, "sampling")
-    samples = decode_rows(ids, mask, tokenizer)
+    _, samples = generate(pi, prompts, 1, tokenizer, 0, "sampling")
     words = [
         word
         for prompt, sample in zip(prompts, samples, strict=True)
@@ -250,7 +249,7 @@ def report(pi: GPT, tokens: list[bytes], reviews: dict[str, list[str]], out: Pat
 def nats_per_byte(pi: GPT, texts: list[list[int]], tokenizer) -> float:
     """How well a model predicts texts, in nats per byte."""
     ids, mask = collate(texts, [1] * len(texts))
-    n_bytes = sum(len(text.encode()) for text in decode_rows(ids[:, 1:], mask[:, 1:], tokenizer))
+    n_bytes = sum(len(text.encode()) for text in decode_rows(ids[:, 1:], tokenizer))
     return -compute_logps(pi, ids, mask).double().sum().item() / n_bytes
 
 

@@ -130,7 +130,7 @@ def complete(models: Models, prompt: str, n: int, temperature: float, seed: int)
     for name, pi in models.policies.items():
         generator = torch.Generator(pi.device).manual_seed(seed)
         ids, mask, _ = sample(pi, [x] * n, end, temperature, generator)
-        texts = decode_rows(ids, mask, models.tokenizer)
+        texts = decode_rows(ids, models.tokenizer)
         rewards = models.reward(texts).tolist() if models.reward else [None] * n
         ratios = [None] * n
         if models.pi_ref:
@@ -171,9 +171,7 @@ def show_pair(path: Path, models: Models, number: int) -> str:
     preferences = found[0] if isinstance(found, tuple) else found
     rows = preferences.pairs[number % len(preferences.pairs)]
     ids, mask = preferences.ids[rows], preferences.mask[rows]
-    reward = (
-        models.reward(decode_rows(ids, mask, models.tokenizer)) if models.reward else [None] * 2
-    )
+    reward = models.reward(decode_rows(ids, models.tokenizer)) if models.reward else [None] * 2
     lines = []
     for name, r, tokens, inside in zip(("chosen", "rejected"), reward, ids, mask, strict=True):
         end = int(inside.nonzero().max()) + 1
@@ -190,7 +188,7 @@ def show_pair(path: Path, models: Models, number: int) -> str:
 def order_pairs(path: Path, models: Models, n: int) -> str:
     """The held-out pairs with the largest and the smallest margin of each policy, n of each."""
     pairs = load_stage(path / "eval_set.pt").pairs
-    texts = decode_rows(pairs.ids, pairs.mask, models.tokenizer)
+    texts = decode_rows(pairs.ids, models.tokenizer)
     lines = []
     for name, pi in models.policies.items():
         if name == "pi_ref":

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint as recompute
 
 import dpo
+from data import decode_rows
 from lib import inference, optim
 from lib.checkpoint import load_gpt
 from lib.io import BadInput
@@ -96,18 +97,21 @@ class InStep:
 
 
 @torch.no_grad()
-def generate(pi: GPT, prompts: list[list[int]], end: int, seed: int, what: str):
+def generate(pi: GPT, prompts: list[list[int]], n: int, tokenizer, seed: int, what: str):
     """As `inference.generate`, in chunks of prompts. Each chunk has its own seed."""
     rank, N = dist.get_rank(), dist.get_world_size()
+    prompts = [x for x in prompts for _ in range(n)]
     padded = prompts + prompts[:1] * (-len(prompts) % (CHUNK * N))  # as many chunks on each
     pi, own = InStep(pi), []
     for i in range(rank, len(padded) // CHUNK, N):
         chunk = padded[i * CHUNK : (i + 1) * CHUNK]
-        own.append(inference.generate(pi, chunk, end, seed * 10**6 + i, what))
+        how = chunk, 1, tokenizer, seed * 10**6 + i, what
+        own.append(inference.generate(pi, *how)[0])
         pi.catch_up()
     dist.all_gather_object(shares := [None] * N, own)
     chunks = [chunk for group in zip(*shares, strict=True) for chunk in group]
-    return tuple(torch.cat(parts)[: len(prompts)] for parts in zip(*chunks, strict=True))
+    samples = tuple(torch.cat(parts)[: len(prompts)] for parts in zip(*chunks, strict=True))
+    return samples, decode_rows(samples[0], tokenizer)
 
 
 def over_rows(function: Callable, *rows: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ def to_checkpoint(pi: GPT, tokens: list[bytes] | None, **more: object) -> dict:
     return {"config": config, "tokens": tokens, "weights": pi.state_dict(), **more}
 
 
-def load_gpt(checkpoint: dict, device: torch.device) -> GPT:
+def load_gpt(checkpoint: dict, device) -> GPT:
     """The model of a checkpoint. It computes in bfloat16 where that is faster."""
     pi = GPT(GPTConfig(**checkpoint["config"]))
     pi.load_state_dict(checkpoint["weights"])

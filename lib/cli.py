@@ -2,19 +2,15 @@
 
 import argparse
 import dataclasses
-import platform
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from lib.io import BadInput, file_lock
-from lib.optim import bf16_supported
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,45 +56,28 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
 
     presets: for imdb and own, the defaults that differ from those of toy.
     """
-    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
+    first = Parser(prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="toy")
+    dataset = first.parse_known_args(argv)[0].data
+    preset = presets.get(dataset if dataset in ("toy", "imdb") else "own", {})
+
+    style = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog, f"{prog} [flags]", doc, formatter_class=style, allow_abbrev=False)
+    parser.epilog = "Defaults, in parentheses, depend on --data: try --data imdb --help."
     for field in dataclasses.fields(settings):
-        name, text, default = field.name, field.metadata["help"], field.default
+        name, text = field.name, field.metadata["help"]
+        default = preset.get(name, field.default)
         parser.set_defaults(**{name: default})
         if text:
             text += f" ({default})" if default else ""
             parser.add_argument("--" + name.replace("_", "-"), help=text, **field.metadata["how"])
-    for name, preset in presets.items():
-        values = ", ".join(f"{key} = {value}" for key, value in preset.items())
-        text = textwrap.fill(f"defaults for --data {name}: {values}", 100)
-        parser.epilog = f"{parser.epilog or ''}{text}\n"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda or mps")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all output (out)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of any error")
-
-    dataset = parser.parse_args(argv).data
-    parser.set_defaults(**presets.get(dataset if dataset in ("toy", "imdb") else "own", {}))
     args = parser.parse_args(argv)
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(settings)}
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(dict.fromkeys(value))
     return args, settings(**given)
-
-
-def machine(device: torch.device) -> dict[str, object]:
-    """What results depend on besides the settings."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return {
-        "device": str(device),
-        "processor": names[0] if names else platform.processor(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "bf16": bf16_supported(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 def run_cli(prog: str, out: Path, debug: bool, work: Callable[[], str]) -> int:

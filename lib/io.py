@@ -1,14 +1,12 @@
 """Files: one-line errors, atomic writes, downloads, and a lock for the output folder."""
 
 import hashlib
-import http.client
 import os
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
 
 class BadInput(Exception):
@@ -43,41 +41,18 @@ def sha256(content: bytes) -> str:
 
 def cache_dir() -> Path:
     """The folder for downloads and shared results. The environment variable DPO_CACHE moves it."""
-    return Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo")
-
-
-def download(url: str, path: Path, md5: str) -> Path:
-    """Download `url` to `path` once, and verify its MD5. Raises BadInput."""
-    if path.exists():
-        return path
-    try:
-        with urllib.request.urlopen(url) as response:
-            how = {"desc": f"downloading {url}", "total": response.length}
-            with tqdm.wrapattr(response, "read", **how) as stream:
-                content = b"".join(iter(lambda: stream.read(1 << 20), b""))
-        if hashlib.md5(content).hexdigest() != md5:
-            raise OSError("wrong checksum")
-    except (OSError, http.client.HTTPException) as e:
-        raise BadInput(f"{url}: download failed ({e}); download it yourself, see --imdb") from e
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, content)
-    return path
+    folder = Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager
 def file_lock(folder: Path) -> Iterator[None]:
     """Allow one run at a time in `folder`. The lock ends with the process."""
-    with open(folder / ".lock", "ab") as f:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            message = "another run is using this folder; wait for it, or choose another --out"
-            raise BadInput(f"{folder}: {message}") from None
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        message = "another run is using this folder; wait for it, or choose another --out"
+        raise BadInput(f"{folder}: {message}") from None
+    with lock:
         yield

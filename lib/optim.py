@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 
 
@@ -24,10 +23,10 @@ def linear_warmup_decay(steps: int) -> Callable[[int], float]:
 
 def random_batches(n: int, batch_size: int, epochs: int, seed: int) -> list[torch.Tensor]:
     """The numbers below n in random batches, in another order in each epoch."""
-    rng, batches = np.random.default_rng(seed), []
+    generator, batches = torch.Generator().manual_seed(seed), []
     for _ in range(epochs):
-        batches += np.array_split(rng.permutation(n), math.ceil(n / batch_size))
-    return [torch.from_numpy(batch) for batch in batches]
+        batches += torch.randperm(n, generator=generator).tensor_split(math.ceil(n / batch_size))
+    return batches
 
 
 OPTIMIZERS = {

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 import data
 import dpo
 import tiny
-from beyond.custom_data import load_pairs, to_preferences
+from beyond.custom_data import load_pairs, to_preferences, with_ref_logps
 from lib.checkpoint import load_gpt
-from lib.inference import with_ref_logps
+
 from tiny import CPU, lines, pairs
 
 TOKENS = data.toy_tokens()

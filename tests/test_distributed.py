@@ -105,7 +105,7 @@ def of_many(folder: Path, optimizer: str, dtype: torch.dtype, how: str, replicat
 def completions() -> dict:
     """600 prompts, in ten chunks."""
     prompts = [[97 + i % 26, 97 + i // 26] for i in range(600)]
-    dataset = data.Dataset([], [], prompts=prompts, reward=data.WordReward({}))
+    dataset = data.Dataset(None, [], [], prompts=prompts, reward=data.WordReward({}))
     return train.complete(checkpoint(1), dataset, 1, 0, CPU, sharded.SHARED)
 
 

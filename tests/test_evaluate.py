@@ -121,18 +121,17 @@ def test_pi_ref_itself_has_no_kl_no_margin_and_half_of_the_pairs(toy):
     assert abs(point["gain"]) < 5 * point["gain_se"] + 0.5
 
 
-def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other):
+def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, capsys):
     """All held-out pairs, and a sample for each prompt; log-probabilities give the entropy."""
     _, pi_theta, pi_ref, _, tokenizer = other
     dataset, eval_set = toy.returned["dataset"], toy.returned["eval_set"]
     loss = functools.partial(dpo.dpo, beta=2.0)
-    found = monitor(pi_theta, pi_ref, loss, dataset, eval_set, data.toy_tokens(), 0)
+    found = monitor(pi_theta, pi_ref, loss, 1, dataset, eval_set, 0)
     pairs = eval_set.pairs  # fewer than 128 rows, so all of them
     losses, r_hat_w, r_hat_l = loss(compute_logps(pi_theta, pairs.ids, pairs.mask), pairs)
     margin = (r_hat_w - r_hat_l).tolist()
-    how = tokenizer.eot_token, 0, "sampling pi_theta"
-    ids, mask, logps = generate(pi_theta, dataset.eval_prompts, *how)
-    samples = data.decode_rows(ids, mask, tokenizer)
+    how = dataset.eval_prompts, 1, tokenizer, 0, "sampling pi_theta"
+    (ids, mask, logps), samples = generate(pi_theta, *how)
     r = data.WordReward(data.WEIGHT)(samples)
     expected = {
         "held_out_loss": losses.mean(),
@@ -148,6 +147,7 @@ def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other):
         "held_out_r_hat_l": r_hat_l.mean(),
     }
     texts = found.pop("samples")
+    assert all(f" 10% | {text}" in capsys.readouterr().out for text in texts[:1])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
@@ -171,9 +171,9 @@ def test_the_frontier_is_the_optimum_of_eq_4(normal):
         assert frontier["reward"][i].mean() == pytest.approx(1 / BETAS[i], abs=0.06)
         assert frontier["kl"][i].mean() == pytest.approx(1 / (2 * BETAS[i] ** 2), abs=0.06)
     assert np.flatnonzero(frontier["reliable"]).tolist() == [*range(frontier["reliable"].sum())]
-    rows = evaluate.frontier_rows(normal)
-    assert [row["beta"] for row in rows] == BETAS.tolist()
-    assert rows[5]["kl"] == frontier["kl"][5].mean()
+    mean = evaluate.mean_frontier(normal)
+    assert mean["beta"] == BETAS.tolist() and mean["reliable"] == frontier["reliable"].tolist()
+    assert mean["kl"] == pytest.approx(frontier["kl"].mean(1))
 
 
 def test_the_fraction_of_optimal_is_relative_to_the_frontier_at_the_same_kl(normal):

@@ -4,12 +4,16 @@ import hashlib
 import io
 import os
 import urllib.error
-import urllib.request
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import tiny
+import train
 from lib import io as files
-from lib.io import BadInput, atomic_write, download, file_lock, open_user_file
+from lib.io import BadInput, atomic_write, file_lock, open_user_file
+from lib.stage import Stage
 
 
 @pytest.mark.parametrize("error", [ValueError("why"), KeyError(), RecursionError(), MemoryError()])
@@ -43,12 +47,13 @@ def test_a_write_that_fails_changes_nothing(error, tmp_path, monkeypatch):
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
-URL, CONTENT = "http://example.org/archive", b"the archive"
-MD5 = hashlib.md5(CONTENT).hexdigest()
+CONTENT = tiny.archive()
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Response(io.BytesIO):
-    length = None  # the server does not tell
+    def info(self):
+        return SimpleNamespace(get_all=lambda name: None)  # the server does not tell the length
 
 
 def arriving(content: bytes | Exception):
@@ -60,12 +65,16 @@ def arriving(content: bytes | Exception):
     return urlopen
 
 
-def test_a_download_happens_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(urllib.request, "urlopen", arriving(CONTENT))
-    path = download(URL, tmp_path / "cache" / "a", MD5)
-    assert path.read_bytes() == CONTENT and URL in capsys.readouterr().err
-    monkeypatch.setattr(urllib.request, "urlopen", None)
-    assert download(URL, path, MD5) == path
+def test_the_archive_is_downloaded_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "IMDB_SHA256", SHA256)
+    monkeypatch.setattr(torch.hub, "urlopen", arriving(CONTENT))
+    stage = Stage(tmp_path / "out")
+    assert train.load_reviews(None, stage).keys() >= {"train/pos", "test/neg"}
+    assert (files.cache_dir() / "aclImdb_v1.tar.gz").read_bytes() == CONTENT
+    assert train.IMDB_URL in capsys.readouterr().out
+    monkeypatch.setattr(torch.hub, "urlopen", None)
+    train.load_reviews(None, stage)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +89,12 @@ def test_a_download_happens_once(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_download_that_fails_is_one_line_and_leaves_nothing(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", arriving(content))
-    with pytest.raises(BadInput, match=f"{URL}.*--imdb"):
-        download(URL, tmp_path / "a", MD5)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "IMDB_SHA256", SHA256)
+    monkeypatch.setattr(torch.hub, "urlopen", arriving(content))
+    with pytest.raises(BadInput, match=r"aclImdb_v1\.tar\.gz: cannot be read"):
+        train.load_reviews(None, Stage(tmp_path / "out"))
+    assert list(files.cache_dir().iterdir()) == []
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path):

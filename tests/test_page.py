@@ -47,7 +47,7 @@ def check_numbers(content: str, results: dict):
     cells = re.findall(r'<td title="(\w+) = ([^"]*)">([^<]*)</td>', content)
     found = iter(cells)
     for point in results["points"]:
-        for name in (name for name in page.report.TABLE if name in point):
+        for name in (name for name in page.TABLE if name in point):
             value = point[name]
             shown = "-" if value is None else f"{value:.3g}"
             assert next(found) == (name, json.dumps(value), shown)
@@ -55,8 +55,9 @@ def check_numbers(content: str, results: dict):
     names = re.findall(r'<span class="name" title="([^"]*)">([^<]*)</span>', content)
     expected = [
         (json.dumps(r), column if r is None else f"{column}: r* = {r:+.2f}")
-        for sample in results["samples"]
-        for column, r in zip(results["columns"], sample["rewards"], strict=True)
+        for i in range(len(results["prompts"]))
+        for column, sample in results["samples"].items()
+        for r in [sample["rewards"][i] if "rewards" in sample else None]
     ]
     assert names == expected and len(expected) >= 2
 
@@ -65,7 +66,7 @@ def test_numbers_are_those_of_results_json(recorded):
     content, results = read(recorded)
     check_numbers(content, results)
     assert content.count("data:image/png;base64,") == 2
-    assert html.escape(results["title"]) in content
+    assert html.escape(page.title(results["config"])) in content
 
 
 def test_the_page_loads_nothing(recorded):
@@ -82,7 +83,11 @@ def test_words_have_the_colour_of_their_contribution_in_context(recorded):
     cards = re.findall(
         r'<p class="(ref|theta)"><span class="name".*?</span>(.*?)</p>', content, re.S
     )
-    texts = [(s["prompt"], text) for s in results["samples"] for text in s["texts"]]
+    texts = [
+        (prompt, sample["texts"][i])
+        for i, prompt in enumerate(results["prompts"])
+        for sample in results["samples"].values()
+    ]
     assert len(cards) == len(texts)
     spans = 0
     for (_, card), (prompt, text) in zip(cards, texts, strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 import dpo
 import train
-from lib import report
+from beyond import page
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def test_fraction_of_the_optimum_is_the_range_over_seeds():
 
 
 def test_example_output_is_that_of_the_first_result():
-    assert report.summary(results("toy")[0]) in README
+    assert page.summary(results("toy")[0]) in README
 
 
 def test_samples_are_those_of_the_first_result():

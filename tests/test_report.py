@@ -9,7 +9,6 @@ import pytest
 
 from beyond import page
 from beyond.custom_data import wilson_interval
-from lib import report
 from tiny import ROOT
 
 PRODUCTS = {"results.json", "figure.png", "curves.png", "samples.txt", "report.html"}
@@ -28,7 +27,7 @@ def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
     command = [sys.executable, "-m", "lib.report", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == report.summary(toy.results)
+    assert done.stdout.strip() == page.summary(toy.results)
     for name in PRODUCTS - {"figure.png", "curves.png"}:
         assert (tmp_path / name).read_bytes() == (toy.folder / name).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == PRODUCTS
@@ -39,18 +38,17 @@ def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
 
 
 def test_samples_show_prompts_texts_and_rewards():
-    sample = {"prompt": "the plot", "texts": ["the plot is odd.", "the plot is superb and moving."]}
-    known, unknown = sample | {"rewards": [-0.3, 2.3]}, sample | {"rewards": [None, None]}
-    assert page.samples_text(["pi_ref", "beta 1"], [known, unknown], 16).splitlines() == [
-        "pi_ref           | beta 1",
+    samples = {
+        "pi_ref": {"texts": ["the plot is odd."], "rewards": [-0.3]},
+        "beta 1": {"texts": ["the plot is superb and moving."]},
+        "beta 2": {"texts": ["the plot is superb and moving."], "rewards": [2.3]},
+    }
+    assert page.samples_text(["the plot"], samples, 16).splitlines() == [
+        "pi_ref           | beta 1           | beta 2",
         "",
         "the plot ...",
-        "-0.30 is odd.    | +2.30 is superb",
-        "                 | and moving.",
-        "",
-        "the plot ...",
-        "is odd.          | is superb and",
-        "                 | moving.",
+        "-0.30 is odd.    | is superb and    | +2.30 is superb",
+        "                 | moving.          | and moving.",
     ]
 
 
@@ -58,7 +56,7 @@ def test_the_table_has_a_row_for_each_beta_and_dashes_for_unknown_values(toy):
     results = json.loads(json.dumps(toy.results, default=str))
     results["points"][0] |= {"fraction_of_optimal": None, "kl": 1.25}
     results["points"][1] |= {"fraction_of_optimal": 0.5}
-    header, first, second, last = report.summary(results).splitlines()
+    header, first, second, last = page.summary(results).splitlines()
     assert "KL" in header.split() and header.split()[0] == "beta"
     assert first.split()[:2] == ["0.5", "1.25"] and first.split()[-1] == "-"
     assert second.split()[0] == "2" and "attains 50% of" in last
@@ -86,7 +84,7 @@ def test_wilson_interval_has_known_values():
 
 
 def test_the_summary_of_own_preferences_has_an_interval(own):
-    last = report.summary(own.results).splitlines()[-1]
+    last = page.summary(own.results).splitlines()[-1]
     point = own.results["points"][-1]
     low, high = wilson_interval(point["pair_accuracy"], point["pairs"])
     assert f"{point['pairs']} pairs" in last and f"{low:.2f} to {high:.2f}" in last

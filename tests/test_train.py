@@ -21,6 +21,7 @@ import data
 import dpo
 import tiny
 import train
+from beyond import page
 from lib.checkpoint import load_gpt, read_checkpoint, resize_context
 from lib.inference import collate, compute_logps
 from lib.io import BadInput
@@ -44,8 +45,7 @@ def test_results_json_has_all_fields(kind, request):
     run = request.getfixturevalue(kind)
     results = json.loads((run.folder / "results.json").read_text("utf-8"))
     assert set(results) == set(
-        "method title config labels seconds machine reference points frontier columns "
-        "samples curves".split()
+        "config pairs seconds machine reference points frontier prompts samples curves".split()
     )
     assert set(results["config"]) == set(vars(run.cfg))
     machine = {"device", "processor", "cpu", "bf16", "threads", "torch"}
@@ -64,7 +64,10 @@ def test_results_json_has_all_fields(kind, request):
         assert len(seen) == min(10, len(curve)) and seen[-1] is curve[-1]
         assert all(len(row["samples"]) == 2 for row in seen)
         assert curve[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # pitfall 13
-    assert len(results["samples"]) == len(run.returned["dataset"].eval_prompts) > 1
+    texts = {name: len(sample["texts"]) for name, sample in results["samples"].items()}
+    shown = len(run.returned["dataset"].eval_prompts)
+    names = ["pi_ref", *(f"beta {beta:g}" for beta in run.cfg.beta)]
+    assert texts == dict.fromkeys(names, shown) and len(results["prompts"]) == shown > 1
     assert bool(results["frontier"]) == (kind != "own")
 
 
@@ -220,7 +223,7 @@ def test_other_labels_and_pairs_run(flags, here):
     point = found["points"][0]
     certain = flags in ("--labels argmax", "--pairs best-worst")
     assert (point["pair_accuracy_ceiling"] == pytest.approx(1)) == certain
-    assert ("argmax" in found["title"]) == (found["config"]["labels"] == "argmax") == certain
+    assert (found["config"]["labels"] == "argmax") == certain
 
 
 def as_csv(rows: list[dict]) -> bytes:
@@ -244,7 +247,7 @@ def test_own_preferences_run_from_the_command_line(here, capsys):
     printed = capsys.readouterr().out
     assert "1 of 25 pairs do not fit in --context 24 and are dropped" in printed
     assert "pairs are held out: their accuracy says little" in printed
-    assert 0 < found["labels"]["pairs"] < 24
+    assert 0 < found["pairs"] < 24
     assert main("--data own.jsonl --beta 1") == found  # from the cache
 
 
@@ -267,7 +270,7 @@ def mine(logps, batch, beta, scale=1.0):
     ):
         Path("users.py").write_text(text.format(*edits))
         found = main(f"--beta 2 --loss users.py:mine {more}")
-        assert found["method"] == "mine"
+        assert page.method(found["config"]) == "mine"
         losses.append(found["curves"]["2"][0]["loss"] / math.log(2))
         trained.append("dpo-2" in run_stages(capsys.readouterr().out))
     assert losses == pytest.approx([1, 1, 3, 6, 12], rel=1e-3)
@@ -338,7 +341,7 @@ def test_every_epoch_has_each_prompt_once(epochs, batch_size, steps, toy):
     """Without epochs: as many as give at least 100 steps, or one."""
     preferences, _ = toy.returned["preferences"]
     n = int(preferences.prompt.max()) + 1
-    batches = train.Training("sgd", 0.1, epochs, batch_size, 0).batches(preferences)
+    batches = train.Training(0, "sgd", 0.1, epochs, batch_size, 0).batches(preferences)
     assert n == 16 and len(batches) == steps
     per_epoch = -(-n // batch_size)
     for i in range(0, steps, per_epoch):
@@ -350,7 +353,7 @@ def test_a_batch_of_one_prompt_can_be_overfitted(toy, capsys):
     reference, (preferences, _) = toy.returned["reference"], toy.returned["preferences"]
     one = preferences.select(torch.tensor([0]))
     one = dataclasses.replace(one, pairs=one.pairs[:1], weight=one.weight[:1])
-    how = train.Training("adamw", 0.01, 30, 8, 0)
+    how = train.Training(0, "adamw", 0.01, 30, 8, 0)
     look = toy.calls["dpo-2"][1][4]
     policy = train.train_dpo(reference, one, partial(dpo.dpo, beta=1.0), how, look, CPU)
     curve = policy["curves"]

@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
-SIZES = dict(context=24, n_layer=1, n_head=2, n_embd=16, reviews=150, sft_steps=4, sft_batch_size=8,
+SIZES = dict(context=24, shape=(1, 2, 16), reviews=150, sft_steps=4, sft_batch_size=8,
              prompts=16, completions=3, batch_size=8, eval_prompts=4, ref_samples=64,
              eval_samples=32, lr=0.01)  # fmt: skip
 
@@ -140,7 +140,8 @@ def record(folder: Path, cfg: train.Config) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch, Products() as products:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         patch.setattr(Stage, "__call__", call)
-        results = train.run(cfg, Stage(folder / "out"), CPU)
+        train.run(cfg, Stage(folder / "out"), CPU)
+    results = json.loads((folder / "out" / "results.json").read_text("utf-8"))
     return SimpleNamespace(
         cfg=cfg, folder=folder / "out", results=results, products=products.dtypes,
         calls=calls, executed=executed, returned=returned,

@@ -90,11 +90,12 @@ def test_standard_error_is_that_of_independent_prompts(seed, P, M):
     """Means of prompts' own means  =>  se = std / sqrt(P), computed from the data: doubled values
     double it, and repeated values of a prompt do not change it.  pitfall 33"""
     values = uniform((P, M), -5.0, 5.0, seed)
-    value, se = evaluate.mean_and_se("x", values).values()
+    value, se = evaluate.means_and_errors({"x": values}).values()
     each = values.mean(1).numpy()
     assert_same(
         [value, se], [each.mean(), np.sqrt(((each - each.mean()) ** 2).sum() / (P - 1) / P)]
     )
     assert_same(
-        list(evaluate.mean_and_se("x", 2 * values.repeat(1, 3)).values()), [2 * value, 2 * se]
+        list(evaluate.means_and_errors({"x": 2 * values.repeat(1, 3)}).values()),
+        [2 * value, 2 * se],
     )
