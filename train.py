@@ -192,8 +192,8 @@ class Training:
 def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -> dict:
     """Train pi_theta from pi_ref. Returns its checkpoint, with all steps' metrics as "curves".
 
-    Ten times during training, at tenth = 1 to 10, the result of look(pi_theta, pi_ref, loss, tenth)
-    is added to the metrics.
+    Ten times during training, at tenth = 1 to 10, the result of
+    look(pi_theta, pi_ref, loss, curves, tenth) is added to the step's metrics.
     """
     if not len(preferences.pairs):
         raise BadInput("there are no pairs: all completions are equally good or identical")
@@ -213,10 +213,10 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
         row = {name: value.item() for name, value in metrics.items()}
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             raise BadInput(f"training diverged at step {step}: lower --lr")
+        curves.append(row)
         tenth = step * 10 // steps
         if look and tenth > (step - 1) * 10 // steps:
-            row |= look(pi_theta, pi_ref, loss, tenth)
-        curves.append(row)
+            row |= look(pi_theta, pi_ref, loss, curves, tenth)
         bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**row), False)
     return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
 
@@ -224,7 +224,7 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
 # -------------------------------------------------- the experiment
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> str:
+def run(cfg: Config, stage: Stage, device) -> str:
     """The experiment. Writes results.json after each beta, and returns its table."""
     loss = load_loss(cfg.loss, cfg.loss_args)
     if cfg.pairs == "best-worst":
@@ -250,12 +250,12 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> str:
     ev = EvalConfig(cfg.ref_samples, samples, cfg.completions, cfg.labels, seed)
     eval_set = stage("eval_set", make_eval_set, dataset, eval_pairs, reference, ev, device)
 
-    monitor = find("monitor", "beyond.monitor")
-    look = partial(monitor, dataset=dataset, eval_set=eval_set, seed=seed)
+    monitor = find("Monitor", "beyond.monitor")
     runs = {}
     for beta in cfg.beta:
         lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls; the exponent is tuned
         how = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
+        look = monitor(dataset, eval_set, seed, stage.folder / f"curves-{beta:g}.csv")
         args = preferences, partial(loss, beta=beta), how, look, device
         policy = stage(f"dpo-{beta:g}", train_dpo, reference, *args)
         args = reference, dataset, eval_set, beta, ev, device

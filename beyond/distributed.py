@@ -142,7 +142,8 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
         curves.append(row)
         step, steps = len(curves), len(batches)
         if step * 10 // steps > (step - 1) * 10 // steps and "kl" not in row:
-            row |= look(pi_theta, pi_ref, loss, 0, infer=SHARED)
+            found, row["samples"] = look.look(pi_theta, pi_ref, loss, SHARED)
+            row |= found
     return gather(pi_theta, reference) | {"curves": curves}
 
 

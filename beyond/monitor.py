@@ -1,7 +1,11 @@
 """A look at a policy while it trains. train.py calls it ten times in each training run."""
 
 import contextlib
+import csv
+import io
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -10,40 +14,61 @@ import dpo
 from data import Dataset
 from lib.evaluate import EvalSet, agreement, measure
 from lib.inference import LOCAL, Inference
-from lib.io import BadInput
+from lib.io import BadInput, atomic_write
 from model import GPT
 
 
-@torch.no_grad()
-def monitor(
-    pi_theta: GPT,
-    pi_ref: GPT,
-    loss: dpo.Loss,
-    tenth: int,
-    dataset: Dataset,
-    eval_set: EvalSet,
-    seed: int,
-    infer: Inference = LOCAL,
-) -> dict[str, object]:
-    """Metrics of about 128 held-out completions and of fresh samples, and two of the samples.
+@dataclass(frozen=True)
+class Monitor:
+    """Looks at a policy on held-out prompts and pairs, and keeps the curves in a CSV file."""
 
-    The samples are printed after 1, 4, 7 and 10 tenths of the training. The names of the metrics of
-    held-out pairs begin with "held_out_". They are missing for losses that take other pairs.
-    """
-    pairs, found = eval_set.pairs, {}
-    n_prompts = int(pairs.prompt.max()) + 1
-    some = torch.arange(math.ceil(128 / len(pairs.ids) * n_prompts))
-    with contextlib.suppress(BadInput):  # raised by losses that take other pairs
-        metrics = agreement(pi_theta, pairs.select(some), None, loss, infer)
-        found = {f"held_out_{name}": value for name, value in metrics.items()}
-    n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer of longer texts
-    how = dataset, seed, "sampling pi_theta", infer
-    (ids, mask, _), shown, values = measure(pi_theta, dataset.eval_prompts[:n], 1, *how)
-    values["kl"] = infer.mean_kl(pi_theta, pi_ref, ids, mask)
-    texts = shown["texts"][:2]
-    if "rewards" in shown:
-        texts = [f"r* {r:+.2f} | {text}" for r, text in zip(shown["rewards"], texts, strict=False)]
-    for text in texts if tenth % 3 == 1 else []:
-        tqdm.write(f"{tenth:3}0% | {text}")
-    means = {name: value.double().mean().item() for name, value in values.items()}
-    return found | means | {"samples": texts}
+    dataset: Dataset
+    eval_set: EvalSet
+    seed: int
+    path: Path  # of the curves
+
+    def __getstate__(self) -> tuple:
+        """What a stage's key depends on: not the path, which changes no result."""
+        return self.dataset, self.eval_set, self.seed
+
+    def __call__(
+        self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, rows: list[dict], tenth: int
+    ) -> dict:
+        """Metrics for the last row. Writes the curves so far: the metrics of each step are a row.
+
+        Two samples are printed after 1, 4, 7 and 10 tenths of the training.
+        """
+        found, texts = self.look(pi_theta, pi_ref, loss)
+        for text in texts if tenth % 3 == 1 else []:
+            tqdm.write(f"{tenth:3}0% | {text}")
+        rows = [*rows[:-1], rows[-1] | found]
+        names = ["step", *rows[-1]]
+        writer = csv.DictWriter(text := io.StringIO(newline=""), names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({"step": step} | row for step, row in enumerate(rows, 1))
+        atomic_write(self.path, text.getvalue().encode())
+        return found | {"samples": texts}
+
+    @torch.no_grad()
+    def look(
+        self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, infer: Inference = LOCAL
+    ) -> tuple[dict[str, float], list[str]]:
+        """Metrics of about 128 held-out completions and of fresh samples, and two of the samples.
+
+        The names of the metrics of held-out pairs begin with "held_out_". They are missing for
+        losses that take other pairs.
+        """
+        pairs, found = self.eval_set.pairs, {}
+        n_prompts = int(pairs.prompt.max()) + 1
+        some = torch.arange(math.ceil(128 / len(pairs.ids) * n_prompts))
+        with contextlib.suppress(BadInput):  # raised by losses that take other pairs
+            metrics = agreement(pi_theta, pairs.select(some), None, loss, infer)
+            found = {f"held_out_{name}": value for name, value in metrics.items()}
+        n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer of longer texts
+        how = self.dataset, self.seed, "sampling pi_theta", infer
+        (ids, mask, _), shown, values = measure(pi_theta, self.dataset.eval_prompts[:n], 1, *how)
+        values["kl"] = infer.mean_kl(pi_theta, pi_ref, ids, mask)
+        texts = shown["texts"][:2]
+        if "rewards" in shown:
+            texts = [f"r* {r:+.2f} | {text}" for r, text in zip(shown["rewards"], texts)]  # noqa: B905
+        return found | {name: v.double().mean().item() for name, v in values.items()}, texts

@@ -100,7 +100,9 @@ def test_shared_responses_are_one_row_and_every_pair_is_kept():
     assert preferences.ref_logps.shape == preferences.ids.shape
 
     pi_ref = load_gpt(tiny.checkpoint(), CPU)
-    scored = with_ref_logps(preferences, tiny.checkpoint(), CPU)
+    dataset = data.Dataset(TOKENS, [], [], pairs=preferences, eval_pairs=preferences)
+    scored, again = with_ref_logps(dataset, tiny.checkpoint(), CPU)
+    assert torch.equal(scored.ref_logps, again.ref_logps)
     expected = dpo.response_logps(pi_ref, preferences.ids, preferences.mask)
     tolerance = 0.1 if pi_ref.bf16 else 1e-4
     torch.testing.assert_close(scored.ref_logps, expected, atol=tolerance, rtol=0)

@@ -1,5 +1,6 @@
 """lib/evaluate.py: everything that is reported, by plain arithmetic over lists."""
 
+import csv
 import dataclasses
 import functools
 import math
@@ -10,7 +11,7 @@ import torch
 
 import data
 import dpo
-from beyond.monitor import monitor
+from beyond.monitor import Monitor
 from lib import evaluate
 from lib.checkpoint import load_gpt, to_checkpoint
 from lib.evaluate import BETAS, evaluate_policy, fraction_of_optimal, optimal_frontier
@@ -30,9 +31,9 @@ def other(toy):
         policy = to_checkpoint(pi_theta, reference["tokens"])
         _, (_, *args) = toy.calls["eval-2"]
         result = evaluate_policy(policy, *args)
-        prompts = [x for x in dataset.eval_prompts for _ in range(toy.cfg.eval_samples)]
-        tokenizer = data.load_tokenizer(reference["tokens"])
-        samples = generate(pi_theta, prompts, tokenizer.eot_token, 0, "sampling pi_theta")
+        tokenizer, M = data.load_tokenizer(reference["tokens"]), toy.cfg.eval_samples
+        how = dataset.eval_prompts, M, tokenizer, 0, "sampling pi_theta"
+        samples, _ = generate(pi_theta, *how)
         return result, pi_theta, pi_ref, samples, tokenizer
 
 
@@ -121,12 +122,13 @@ def test_pi_ref_itself_has_no_kl_no_margin_and_half_of_the_pairs(toy):
     assert abs(point["gain"]) < 5 * point["gain_se"] + 0.5
 
 
-def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, capsys):
+def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, tmp_path, capsys):
     """All held-out pairs, and a sample for each prompt; log-probabilities give the entropy."""
     _, pi_theta, pi_ref, _, tokenizer = other
     dataset, eval_set = toy.returned["dataset"], toy.returned["eval_set"]
     loss = functools.partial(dpo.dpo, beta=2.0)
-    found = monitor(pi_theta, pi_ref, loss, 1, dataset, eval_set, 0)
+    monitor, rows = Monitor(dataset, eval_set, 0, tmp_path / "curves.csv"), [{"a": 1}, {"a": 2}]
+    found = monitor(pi_theta, pi_ref, loss, rows, 1)
     pairs = eval_set.pairs  # fewer than 128 rows, so all of them
     losses, r_hat_w, r_hat_l = loss(compute_logps(pi_theta, pairs.ids, pairs.mask), pairs)
     margin = (r_hat_w - r_hat_l).tolist()
@@ -147,7 +149,11 @@ def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, cap
         "held_out_r_hat_l": r_hat_l.mean(),
     }
     texts = found.pop("samples")
-    assert all(f" 10% | {text}" in capsys.readouterr().out for text in texts[:1])
+    printed = capsys.readouterr().out
+    assert all(f" 10% | {text}" in printed for text in texts)
+    first, last = csv.DictReader((tmp_path / "curves.csv").open())
+    assert (first["step"], first["a"], first["kl"]) == ("1", "1", "")
+    assert (last["step"], last["a"]) == ("2", "2") and float(last["kl"]) == found["kl"]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
@@ -171,9 +177,7 @@ def test_the_frontier_is_the_optimum_of_eq_4(normal):
         assert frontier["reward"][i].mean() == pytest.approx(1 / BETAS[i], abs=0.06)
         assert frontier["kl"][i].mean() == pytest.approx(1 / (2 * BETAS[i] ** 2), abs=0.06)
     assert np.flatnonzero(frontier["reliable"]).tolist() == [*range(frontier["reliable"].sum())]
-    mean = evaluate.mean_frontier(normal)
-    assert mean["beta"] == BETAS.tolist() and mean["reliable"] == frontier["reliable"].tolist()
-    assert mean["kl"] == pytest.approx(frontier["kl"].mean(1))
+    assert frontier["beta"] is BETAS
 
 
 def test_the_fraction_of_optimal_is_relative_to_the_frontier_at_the_same_kl(normal):

@@ -1,5 +1,7 @@
 """lib/inference.py computes what dpo.py and model.py define, and bfloat16 is used where it pays."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -105,11 +107,16 @@ def test_the_kl_of_many_rows_is_the_second_estimate_of_sequence_kl():
 # ------------------------------------------------- sampling
 
 
+TOKENIZER = SimpleNamespace(eot_token=V - 1, decode_batch=lambda rows: list(map(str, rows)))
+
+
 def test_log_probabilities_from_sampling_equal_a_rescoring():
     """Also where rows of other prompt lengths share the batch. pitfalls 9, 11, 18"""
-    pi, end = gpt(dtype=torch.float32), V - 1
-    prompts = [[1, 2, 3, 4], [5], [6, 7]] * 400  # more than one batch
-    ids, mask, logps = generate(pi, prompts, end, 0, "samples")
+    pi, end = gpt(dtype=torch.float32), TOKENIZER.eot_token
+    prompts = [[1, 2, 3, 4], [5], [6, 7]] * 100
+    (ids, mask, logps), texts = generate(pi, prompts, 4, TOKENIZER, 0, "samples")  # 3 batches
+    prompts = [x for x in prompts for _ in range(4)]
+    assert texts == [str(row) for row in ids.tolist()]
     torch.testing.assert_close(logps, compute_logps(pi, ids, mask), atol=2e-5, rtol=1e-4)
     for x, row, under in zip(prompts, ids.tolist(), mask.tolist(), strict=True):
         y = [token for token, inside in zip(row, under, strict=True) if inside]
@@ -122,7 +129,7 @@ def test_samples_depend_on_seed_and_purpose_only():
 
     def samples(*args):
         torch.rand(7)  # the global generator has no influence
-        return generate(pi, prompts, V - 1, *args)[0].tolist()
+        return generate(pi, prompts, 1, TOKENIZER, *args)[0][0].tolist()
 
     first = samples(0, "a")
     assert samples(0, "a") == first

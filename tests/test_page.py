@@ -125,8 +125,11 @@ def test_the_command_repeats_the_run(recorded, monkeypatch):
     for name, field in Config.__dataclass_fields__.items():
         if field.metadata["help"]:
             values = (getattr(each, name) for each in (cfg, recorded.cfg))
-            ours, theirs = (str(getattr(value, "name", value)).split("/")[-1] for value in values)
-            assert ours == theirs, name
+            ours, theirs = (
+                str(list(value) if isinstance(value, tuple) else getattr(value, "name", value))
+                for value in values
+            )
+            assert ours.split("/")[-1] == theirs.split("/")[-1], name
 
 
 def luminance(color: str) -> float:

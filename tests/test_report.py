@@ -17,7 +17,8 @@ PRODUCTS = {"results.json", "figure.png", "curves.png", "samples.txt", "report.h
 @pytest.mark.parametrize("kind", ["toy", "imdb", "own"])
 def test_a_report_is_five_files(kind, request):
     run = request.getfixturevalue(kind)
-    assert {path.name for path in run.folder.iterdir() if path.suffix != ".pt"} == PRODUCTS
+    curves = {f"curves-{beta:g}.csv" for beta in run.cfg.beta}
+    assert {path.name for path in run.folder.iterdir() if path.suffix != ".pt"} == PRODUCTS | curves
     for name in ("figure.png", "curves.png"):
         assert (run.folder / name).read_bytes()[:4] == b"\x89PNG"
 

@@ -118,7 +118,7 @@ def test_columns_fit_the_terminal(toy, run, monkeypatch):
 def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
     """Text outside brackets is the prompt; inside is the response, with its end token; rewards are
     r*'s."""
-    preferences = toy.returned["preferences"][0]
+    preferences = toy.returned["preferences"]
     tokenizer = load_tokenizer(toy.calls["dataset"][1][-1])
     for number in (0, 3):
         code, printed, _ = run(toy.folder, "--show", "--seed", number)

@@ -163,10 +163,10 @@ DEPENDENTS = {  # all stages of the toy run that depend on a definition
     "sft": ["reference"],
     "complete": ["completions"],
     "train_dpo": DPO,
-    "monitor": DPO,
+    "Monitor": DPO,
     "fast_response_logps": MODEL,  # and completions, by way of `Inference`
     "fraction_of_optimal": EVAL,
-    "results": [],
+    "write_results": [],
     "load_pairs": [],
     "parse": [],
     "run": [],

@@ -77,21 +77,21 @@ def test_the_stages_are_those_of_section_6_1(toy, imdb, own):
     assert list(toy.calls) == [*common, "dpo-0.5", "eval-0.5", "dpo-2", "eval-2"]
     assert list(imdb.calls) == ["reviews", *common, "dpo-1", "eval-1"]
     assert list(own.calls) == [
-        *("dataset", "reference", "preferences", "eval_pairs", "eval_set", "dpo-1", "eval-1")
+        *("dataset", "reference", "preferences", "eval_set", "dpo-1", "eval-1")
     ]
 
 
 def test_preferences_are_on_sampled_ids_scored_once(toy):
     """No text is decoded and encoded again. pitfalls 8, 9, 18, 28"""
     (ids, _, _), _ = toy.returned["completions"]
-    preferences, counts = toy.returned["preferences"]
+    preferences = toy.returned["preferences"]
     sampled = {tuple(row) for row in ids.tolist()}
     assert {tuple(row) for row in preferences.ids.tolist()} <= sampled
     pi_ref = load_gpt(toy.returned["reference"], CPU)
     expected = dpo.response_logps(pi_ref, preferences.ids, preferences.mask)
     tolerance = 0.2 if pi_ref.bf16 else 1e-4
     torch.testing.assert_close(preferences.ref_logps, expected, atol=tolerance, rtol=0)
-    assert counts["pairs"] == len(preferences.pairs)
+    assert toy.results["pairs"] == len(preferences.pairs)
 
 
 def test_evaluation_prompts_are_disjoint_from_those_of_the_preferences(toy, imdb, own):
@@ -339,7 +339,7 @@ def test_fine_tuning_that_diverges_is_refused():
 @pytest.mark.parametrize("epochs, batch_size, steps", [(1, 8, 2), (3, 5, 12), (None, 8, 100)])
 def test_every_epoch_has_each_prompt_once(epochs, batch_size, steps, toy):
     """Without epochs: as many as give at least 100 steps, or one."""
-    preferences, _ = toy.returned["preferences"]
+    preferences = toy.returned["preferences"]
     n = int(preferences.prompt.max()) + 1
     batches = train.Training(0, "sgd", 0.1, epochs, batch_size, 0).batches(preferences)
     assert n == 16 and len(batches) == steps
@@ -350,7 +350,7 @@ def test_every_epoch_has_each_prompt_once(epochs, batch_size, steps, toy):
 
 def test_a_batch_of_one_prompt_can_be_overfitted(toy, capsys):
     """pitfall 13"""
-    reference, (preferences, _) = toy.returned["reference"], toy.returned["preferences"]
+    reference, preferences = toy.returned["reference"], toy.returned["preferences"]
     one = preferences.select(torch.tensor([0]))
     one = dataclasses.replace(one, pairs=one.pairs[:1], weight=one.weight[:1])
     how = train.Training(0, "adamw", 0.01, 30, 8, 0)
