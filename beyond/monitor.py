@@ -27,9 +27,9 @@ class Monitor:
     seed: int
     path: Path  # of the curves
 
-    def __getstate__(self) -> tuple:
+    def __getstate__(self) -> dict:
         """What a stage's key depends on: not the path, which changes no result."""
-        return self.dataset, self.eval_set, self.seed
+        return {name: value for name, value in vars(self).items() if name != "path"}
 
     def __call__(
         self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, rows: list[dict], tenth: int

@@ -168,7 +168,7 @@ def printable(text: str) -> str:
 def show_pair(path: Path, models: Models, number: int) -> str:
     """A preference pair, token by token: the tokens of the responses, under the mask, in [ ]."""
     found = load_stage(path / "preferences.pt")
-    preferences = found[0] if isinstance(found, tuple) else found
+    preferences = found[0] if isinstance(found, list) else found  # own preferences: and held-out
     rows = preferences.pairs[number % len(preferences.pairs)]
     ids, mask = preferences.ids[rows], preferences.mask[rows]
     reward = models.reward(decode_rows(ids, models.tokenizer)) if models.reward else [None] * 2

@@ -105,8 +105,10 @@ def of_many(folder: Path, optimizer: str, dtype: torch.dtype, how: str, replicat
 def completions() -> dict:
     """600 prompts, in ten chunks."""
     prompts = [[97 + i % 26, 97 + i // 26] for i in range(600)]
-    dataset = data.Dataset(None, [], [], prompts=prompts, reward=data.WordReward({}))
-    return train.complete(checkpoint(1), dataset, 1, 0, CPU, sharded.SHARED)
+    first = checkpoint(1)
+    reward = data.WordReward({})
+    dataset = data.Dataset(first["tokens"], [], [], prompts=prompts, reward=reward)
+    return train.complete(first, dataset, 1, 0, CPU, sharded.SHARED)
 
 
 def start(N: int, folder: Path, *command: object) -> list[subprocess.Popen]:

@@ -50,7 +50,7 @@ def test_a_point_is_what_plain_arithmetic_gives(toy, other):
     result, pi_theta, pi_ref, (ids, mask, _), tokenizer = other
     point, M, P = result["point"], toy.cfg.eval_samples, toy.cfg.eval_prompts
     ref = toy.returned["eval_set"].rewards.tolist()
-    texts = data.decode_rows(ids, mask, tokenizer)
+    texts = data.decode_rows(ids, tokenizer)
     r = data.WordReward(data.WEIGHT)(texts).tolist()
     by_prompt = [sum(r[p * M : (p + 1) * M]) / M for p in range(P)]
     gain = [mine - sum(row) / len(row) for mine, row in zip(by_prompt, ref, strict=True)]
@@ -78,14 +78,15 @@ def test_a_point_is_what_plain_arithmetic_gives(toy, other):
     }
     for name, value in expected.items():
         assert point[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
-    assert result["texts"] == texts[::M] and result["rewards"] == pytest.approx(r[::M])
+    assert result["shown"]["texts"] == texts[::M]
+    assert result["shown"]["rewards"] == pytest.approx(r[::M])
 
 
 def test_agreement_on_held_out_pairs_is_what_plain_arithmetic_gives(toy, other):
     """Implicit rewards contain beta; a tie counts 1/2. pitfall 22"""
     result, pi_theta, pi_ref, _, tokenizer = other
     pairs, reward = toy.returned["eval_set"].pairs, data.WordReward(data.WEIGHT)
-    r_hat, r = [], reward(data.decode_rows(pairs.ids, pairs.mask, tokenizer)).tolist()
+    r_hat, r = [], reward(data.decode_rows(pairs.ids, tokenizer)).tolist()
     for row, under in zip(pairs.ids.tolist(), pairs.mask.tolist(), strict=True):
         p, q = logp(pi_theta, row, under), logp(pi_ref, row, under)
         r_hat.append(2.0 * sum((p[t] - q[t])[row[t]].item() for t in p))

@@ -152,7 +152,7 @@ def test_the_table_brackets_holes_and_leaves_out_what_no_run_reaches():
 
 def test_no_line_is_drawn_across_a_hole_and_the_papers_points_belong_to_imdb():
     run = made_up({"DPO": [(1.0, 1.0), (1.5, 2.0), (4.0, 3.0)]})
-    run |= {"labels": {"pairs": 6}, "config": {"data": "toy", "labels": "bt", "seed": 0}}
+    run |= {"pairs": 6, "config": {"data": "toy", "labels": "bt", "seed": 0}}
     toy = figure2.draw(run)
     joined = [line for line in toy.axes[0].lines if line.get_color() == figure2.ORANGE]
     ends = [line.get_xdata() for line in joined if line.get_linestyle() == "-"]

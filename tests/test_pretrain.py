@@ -27,7 +27,7 @@ def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("imdb") / "reviews.tar.gz"
     texts = iter(toy_reviews(900, seed=3))
     with tarfile.open(path, "w:gz") as tar:
-        for part in ("train/pos", "train/neg", "test/pos", "test/neg"):
+        for part in ("train/pos", "train/neg", "train/unsup", "test/pos", "test/neg"):
             for i in range(60):
                 content = " ".join(next(texts) for _ in range(3)).encode()
                 info = tarfile.TarInfo(f"aclImdb/{part}/{i}_7.txt")

@@ -54,7 +54,7 @@ def expected(
     x, generator = tokenizer.encode_ordinary(prompt), torch.Generator().manual_seed(seed)
     ids, mask, logps = model.sample(pi, [x] * n, tokenizer.eot_token, temperature, generator)
     ratio = (logps - dpo.response_logps(pi_ref, ids, mask)).sum(-1)
-    texts = decode_rows(ids, mask, tokenizer)
+    texts = decode_rows(ids, tokenizer)
     rewards = reward(texts) if reward else [None] * n
     return list(zip(rewards, ratio.tolist(), (t.removeprefix(prompt) for t in texts), strict=True))
 
