@@ -22,9 +22,10 @@ import dpo
 import tiny
 import train
 from beyond import page
-from lib.checkpoint import load_gpt, read_checkpoint, resize_context
+from lib.checkpoint import load_gpt, read_checkpoint, resize_context, to_checkpoint
 from lib.inference import collate, compute_logps
 from lib.io import BadInput
+from model import GPT, GPTConfig
 from tiny import CPU, ROOT, lines, pairs, saved
 
 KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 for the complete test
@@ -362,6 +363,17 @@ def test_a_batch_of_one_prompt_can_be_overfitted(toy, capsys):
     printed = capsys.readouterr()
     shown = [f"{p}% | r* " in printed.out + printed.err for p in range(10, 101, 10)]
     assert shown == [p in (10, 40, 70, 100) for p in range(10, 101, 10)]
+
+
+def test_frozen_blocks_and_embeddings_stay_those_of_pi_ref(toy):
+    reference, preferences = toy.returned["reference"], toy.returned["preferences"]
+    config = reference["config"] | {"n_layer": 2, "bias_scale": 1.0}
+    two = to_checkpoint(GPT(GPTConfig(**config)), reference["tokens"])
+    how = train.Training(1, "sgd", 0.1, 1, 8, 0)
+    policy = train.train_dpo(two, preferences, partial(dpo.dpo, beta=1.0), how, None, CPU)
+    for name, weight in policy["weights"].items():
+        frozen = name.startswith(("wte", "wpe", "h.0."))
+        assert torch.equal(weight, two["weights"][name]) == frozen, name
 
 
 def test_the_context_of_a_checkpoint_can_be_changed():
