@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dpo import Preferences, bradley_terry
 
-Prompts = list[list[int]]  # token ids
+TokenLists = list[list[int]]  # texts or prompts
 Reward = Callable[[list[str]], Tensor]  # texts -> rewards (n,) in nats
 
 
@@ -47,9 +47,9 @@ class Dataset:
     """What an experiment starts from. Texts and prompts are lists of token ids."""
 
     tokens: list[bytes] | None  # of the tokenizer, see `load_tokenizer`
-    eval_prompts: Prompts  # distinct, and not among `prompts`
-    sft_texts: Prompts  # for supervised fine-tuning
-    prompts: Prompts = field(default_factory=list)  # to collect preferences on
+    eval_prompts: TokenLists  # distinct, and not among `prompts`
+    sft_texts: TokenLists  # for supervised fine-tuning
+    prompts: TokenLists = field(default_factory=list)  # to collect preferences on
     reward: Reward | None = None  # r*
     pairs: Preferences | None = None  # in place of prompts and r*; without log pi_ref
     eval_pairs: Preferences | None = None
@@ -233,7 +233,7 @@ def token_bytes(tokenizer) -> list[bytes]:
     return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
 
 
-def openings(reviews: list[str], tokenizer, context: int) -> Prompts:
+def openings(reviews: list[str], tokenizer, context: int) -> TokenLists:
     """The first sentences of each review: as many as fit in the context, then the end token.
 
     A sentence ends with . ! or ? before a space or the review's end. Reviews in which no sentence
@@ -252,8 +252,10 @@ def openings(reviews: list[str], tokenizer, context: int) -> Prompts:
     return found
 
 
-def cut_prompts(texts: Prompts, tokenizer, rng: random.Random) -> Prompts:
-    """The first 2 to 8 tokens of each text, cut where a word ends, if there is such a place."""
+def cut_prompts(texts: TokenLists, tokenizer, rng: random.Random) -> TokenLists:
+    """The first 2 to 8 tokens of each text, cut where a word ends. Texts without such a place are
+    left out.
+    """
     starts_word = [token.startswith(b" ") for token in token_bytes(tokenizer)]
     places = [[n for n in range(2, min(9, len(ids))) if starts_word[ids[n]]] for ids in texts]
     return [ids[: rng.choice(some)] for ids, some in zip(texts, places, strict=True) if some]
@@ -298,5 +300,5 @@ def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: in
 
 
 def decode_rows(ids: Tensor, tokenizer) -> list[str]:
-    """The texts of ids (R, T): of each row, what stands before the end token."""
+    """The text of each row of ids (R, T) before its first end token."""
     return [text.split("<|endoftext|>")[0] for text in tokenizer.decode_batch(ids.tolist())]

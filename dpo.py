@@ -88,7 +88,7 @@ def dpo_loss(
 def optimal_policy(ref_logp: Tensor, r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x).  Eq. 4, for N responses.
 
-    ref_logp: (..., N) log-probabilities. r: (..., N) rewards in nats.
+    ref_logp: (..., N) log-probabilities. r: (..., N) rewards in nats. beta broadcasts against r.
     Returns log pi_r (..., N) and log Z (...).
     """
     tilted = ref_logp + r / beta
@@ -99,14 +99,15 @@ def optimal_policy(ref_logp: Tensor, r: Tensor, beta: float | Tensor) -> tuple[T
 def frontier(r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Estimate reward and KL of the optimum (Eq. 4) from N samples of pi_ref.
 
-    r: (..., N) rewards of the samples in nats. Returns E r, KL(pi_r, pi_ref) and the effective
-    sample size 1 / sum_i w_i^2, each of shape (...). The estimate is only reliable while the
-    effective sample size is large: its KL cannot exceed log N, and its reward is biased low.
+    r: (..., N) rewards of the samples in nats. beta broadcasts against it. The samples get weights
+    w_i ~ exp(r_i / beta), which sum to 1. Returns the mean reward, KL(pi_r, pi_ref) and the
+    effective sample size 1 / sum_i w_i^2, each of shape (...). The estimate is only reliable while
+    the effective sample size is large: its KL cannot exceed log N, and its reward is biased low.
     """
-    uniform = torch.full_like(r, -math.log(r.size(-1)))
-    log_w, _ = optimal_policy(uniform, r, beta)
+    log_w = (r / beta).log_softmax(-1)
     w = log_w.exp()
-    return (w * r).sum(-1), (w * (log_w - uniform)).sum(-1), 1 / w.square().sum(-1)
+    kl = (w * log_w).sum(-1) + math.log(r.size(-1))
+    return (w * r).sum(-1), kl, 1 / w.square().sum(-1)
 
 
 # -------------------------------- a language model as a policy
@@ -156,8 +157,8 @@ class Preferences:
     """Completions, and n preferences between them.
 
     Each completion is one row and is computed once, however many pairs it belongs to: four
-    completions of a prompt serve its six pairs. Rows of one prompt are consecutive, and prompts are
-    numbered from 0.
+    completions of a prompt serve its six pairs. Both rows of a pair have the same prompt. Rows of
+    one prompt are consecutive. Prompts are numbered from 0; `select` keeps their numbers.
     """
 
     ids: Tensor  # (R, T) prompt and response, padded on the right
@@ -208,7 +209,7 @@ def mean_weights(weight: Tensor) -> Tensor:
 
 
 def pair_metrics(share, losses, r_hat_w, r_hat_l) -> dict[str, Tensor]:
-    """Means over pairs, which count by their `share`. All arguments have shape (n,).
+    """Means over pairs, weighted by `share`. All arguments have shape (n,).
 
     Metrics: loss; the implicit rewards r_hat_w and r_hat_l; their difference, the margin; accuracy,
     the share of pairs with r_hat_w > r_hat_l, where a tie counts 1/2.
@@ -233,7 +234,7 @@ def train(
 
     loss: for instance `partial(dpo, beta=0.1)`. pi_ref enters only through preferences.ref_logps.
     batches: tensors of prompt numbers. logps_fn: computes log-probabilities as `response_logps`
-    does. normalize: turns the weights of a batch's pairs into those of its mean.
+    does. normalize: scales the weights of a batch's pairs; by default they sum to 1.
 
     Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall; grad_norm. All are
     from before the step.

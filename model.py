@@ -26,7 +26,7 @@ class GPTConfig:
     n_layer: int
     n_head: int  # nh
     n_embd: int  # C = nh * hs
-    bias_scale: float = 0  # of the bias of each token's logit; 0 for none, as in GPT-2
+    bias_scale: float = 0  # logits += bias_scale * bias; 0: no bias, as in GPT-2
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
@@ -38,7 +38,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     T, S = q.size(2), k.size(2)
     if q.is_cuda and T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # With a cache, and on a CPU, where products are faster than the fused kernel at these lengths.
+    # Otherwise there is a cache, or a CPU, where plain products are faster at these lengths.
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, nh, T, S)
     future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)
     return (scores + future).softmax(-1).to(v.dtype) @ v

@@ -44,7 +44,7 @@ class Config:
     imdb: Path | None = flag(None, "the IMDb archive; downloaded if omitted", type=Path)
     init: str = flag("", "checkpoint to start from, or gpt2")
     from_scratch: bool = flag(False, "use random weights, and the tokenizer of --init")
-    loss: str = flag("dpo", "a loss of beyond/losses.py, or FILE.py:FUNCTION")
+    loss: str = flag("dpo", "dpo, a loss of beyond/losses.py, or FILE.py:FUNCTION")
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
     pairs: str = flag("all", "which pairs of a prompt", choices=("all", "best-worst"))
@@ -57,7 +57,7 @@ class Config:
     sft_batch_size: int = flag(32)
     prompts: int = flag(8_000, "prompts to collect preferences on", 1)
     completions: int = flag(4, "completions per prompt", 2)
-    frozen: int = flag(0, "freeze the embeddings and the first N blocks in DPO; 0: none", 0)
+    frozen: int = flag(0, "DPO freezes the (tied) embeddings and the first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
     lr: float = flag(0.009, "peak learning rate at beta 1", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own: at least 100 steps", 1)
@@ -84,7 +84,8 @@ PRESETS = {
 
 def load_dataset(cfg: Config, stage: Stage, tokens: list[bytes] | None) -> data.Dataset:
     """The toy reviews, IMDb's, or preferences from a file. Raises BadInput if they are unusable."""
-    reviews = cfg.reviews if sft_settings(cfg, 0)[0] else 0
+    # IMDb's training reviews are only encoded if pi_ref is fine-tuned on them.
+    reviews = cfg.reviews if cfg.data != "imdb" or sft_settings(cfg, 0)[0] else 0
     sizes = data.Sizes(cfg.prompts, cfg.eval_prompts, cfg.context, reviews)
     with open_user_file(Path(cfg.data), "a dataset"):
         if cfg.data == "toy":
@@ -115,9 +116,9 @@ def initial_model(cfg: Config) -> dict:
     tokens = data.toy_tokens()
     if cfg.init:
         read = read_checkpoint if Path(cfg.init).is_file() else find("published", "beyond.gpt2")
-        found = resize_context(read(cfg.init), cfg.context)
+        found = read(cfg.init)
         if not cfg.from_scratch:
-            return found
+            return resize_context(found, cfg.context)
         tokens = found["tokens"]
     vocab_size = data.load_tokenizer(tokens).n_vocab
     torch.manual_seed(cfg.seed)
@@ -127,7 +128,7 @@ def initial_model(cfg: Config) -> dict:
 def sft_settings(cfg: Config, n: int) -> tuple[int, int, float]:
     """Steps, batch size and learning rate of fine-tuning on n texts.
 
-    Without --sft-steps: three epochs, but 50 to 3,000 steps; none if pi_ref was made for IMDb.
+    If sft_steps is None: three epochs, but 50 to 3,000 steps; none on IMDb with the shipped pi_ref.
     """
     random = cfg.from_scratch or not cfg.init
     ready = cfg.data == "imdb" and cfg.init == PI_REF and not random
@@ -147,7 +148,7 @@ def sft(checkpoint: dict, texts, steps: int, batch_size: int, lr: float, seed: i
     bar = tqdm(batches, "fine-tuning pi_ref", disable=steps == 0)
     for batch in bar:
         ids, mask = collate([texts[i] for i in batch], [1] * len(batch))
-        loss = -fast_response_logps(pi, ids.to(device), mask.to(device)).sum() / mask.sum()
+        loss = -fast_response_logps(pi, ids, mask).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -163,8 +164,8 @@ def sft(checkpoint: dict, texts, steps: int, batch_size: int, lr: float, seed: i
 
 def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device, infer=LOCAL):
     """K completions of pi_ref for each prompt: (ids, mask, logps) (P K, T), and rewards (P, K)."""
-    how = dataset, seed, "sampling completions", infer
-    completions, _, values = measure(infer.load(reference, device), dataset.prompts, K, *how)
+    pi_ref, what = infer.load(reference, device), "sampling completions"
+    completions, _, values = measure(pi_ref, dataset.prompts, K, dataset, seed, what, infer)
     return completions, values["reward"]
 
 
@@ -192,8 +193,8 @@ class Training:
 def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -> dict:
     """Train pi_theta from pi_ref. Returns its checkpoint, with all steps' metrics as "curves".
 
-    Ten times during training, at tenth = 1 to 10, the result of
-    look(pi_theta, pi_ref, loss, curves, tenth) is added to the step's metrics.
+    After each tenth of the steps, look(pi_theta, pi_ref, loss, curves, tenth) may add metrics to
+    the last row of the curves. look may be None.
     """
     if not len(preferences.pairs):
         raise BadInput("there are no pairs: all completions are equally good or identical")
@@ -206,8 +207,8 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
             module.requires_grad_(False)
     optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(steps))
-    args = pi_theta, preferences, loss, optimizer, batches
-    bar = tqdm(dpo.train(*args, logps_fn=fast_response_logps), "training", steps)
+    log = dpo.train(pi_theta, preferences, loss, optimizer, batches, logps_fn=fast_response_logps)
+    bar = tqdm(log, "training", steps)
     for step, metrics in enumerate(bar, 1):
         schedule.step()
         row = {name: value.item() for name, value in metrics.items()}
@@ -216,7 +217,7 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
         curves.append(row)
         tenth = step * 10 // steps
         if look and tenth > (step - 1) * 10 // steps:
-            row |= look(pi_theta, pi_ref, loss, curves, tenth)
+            look(pi_theta, pi_ref, loss, curves, tenth)
         bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**row), False)
     return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
 
@@ -227,7 +228,7 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
 def run(cfg: Config, stage: Stage, device) -> str:
     """The experiment. Writes results.json after each beta, and returns its table."""
     loss = load_loss(cfg.loss, cfg.loss_args)
-    if cfg.pairs == "best-worst":
+    if cfg.pairs == "best-worst":  # the best is y_w
         cfg = replace(cfg, labels="argmax")
     seed, start = cfg.seed, initial_model(cfg)
     dataset = load_dataset(cfg, stage, start["tokens"])

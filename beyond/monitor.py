@@ -1,4 +1,4 @@
-"""A look at a policy while it trains. train.py calls it ten times in each training run."""
+"""A look at a policy while it trains. train.py calls it after each tenth of the steps."""
 
 import contextlib
 import csv
@@ -31,23 +31,21 @@ class Monitor:
         """What a stage's key depends on: not the path, which changes no result."""
         return {name: value for name, value in vars(self).items() if name != "path"}
 
-    def __call__(
-        self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, rows: list[dict], tenth: int
-    ) -> dict:
-        """Metrics for the last row. Writes the curves so far: the metrics of each step are a row.
+    def __call__(self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, rows: list[dict], tenth: int):
+        """Add metrics to the last row, and write the curves so far: each row is a step.
 
         Two samples are printed after 1, 4, 7 and 10 tenths of the training.
         """
         found, texts = self.look(pi_theta, pi_ref, loss)
         for text in texts if tenth % 3 == 1 else []:
             tqdm.write(f"{tenth:3}0% | {text}")
-        rows = [*rows[:-1], rows[-1] | found]
+        rows[-1] |= found
         names = ["step", *rows[-1]]
-        writer = csv.DictWriter(text := io.StringIO(newline=""), names, extrasaction="ignore")
+        writer = csv.DictWriter(file := io.StringIO(newline=""), names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows({"step": step} | row for step, row in enumerate(rows, 1))
-        atomic_write(self.path, text.getvalue().encode())
-        return found | {"samples": texts}
+        atomic_write(self.path, file.getvalue().encode())
+        rows[-1]["samples"] = texts
 
     @torch.no_grad()
     def look(
@@ -56,7 +54,7 @@ class Monitor:
         """Metrics of about 128 held-out completions and of fresh samples, and two of the samples.
 
         The names of the metrics of held-out pairs begin with "held_out_". They are missing for
-        losses that take other pairs.
+        losses that raise BadInput for these pairs.
         """
         pairs, found = self.eval_set.pairs, {}
         n_prompts = int(pairs.prompt.max()) + 1

@@ -26,7 +26,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def at_least(low: float) -> Callable[[str], float]:
-    """A number of the type of `low`."""
+    """A parser of numbers of the type of `low`, which must not be smaller."""
 
     def number(text: str) -> float:
         value = type(low)(text)
@@ -81,7 +81,7 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
 
 
 def run_cli(prog: str, out: Path, debug: bool, work: Callable[[], str]) -> int:
-    """Do work() alone in `out`, print what it returns, and return the exit code.
+    """Do work() while holding the lock of `out`, print what it returns, and return the exit code.
 
     0: success. 2: the input cannot be used, or memory or disk ran out. 130: interrupted. With
     `debug`, one-line errors show their traceback. Programming errors always do, except in code that

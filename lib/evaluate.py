@@ -1,6 +1,6 @@
 """Evaluation on held-out prompts: reward, KL, and the distance to the optimum of Eq. 4.
 
-Standard errors are over prompts, because those are what is drawn independently.
+Standard errors are over prompts, because prompts are independent and samples of one prompt are not.
 """
 
 import math
@@ -24,7 +24,7 @@ MIN_SAMPLE_SIZE = 40  # with a smaller effective sample size, the optimum cannot
 class EvalConfig:
     ref_samples: int  # N samples of pi_ref for each prompt
     samples: int  # M samples of pi_theta
-    completions: int  # samples of pi_ref are paired in groups of this size
+    completions: int  # the size of groups in which pi_ref's first 16 samples are paired
     labels: str
     seed: int
 
@@ -46,7 +46,7 @@ def make_eval_set(dataset, pairs, reference, cfg: EvalConfig, device, infer=LOCA
     how = dataset, cfg.seed, "sampling pi_ref", infer
     samples, shown, values = measure(infer.load(reference, device), dataset.eval_prompts, N, *how)
     about = means_and_errors(values)
-    if dataset.reward is None:
+    if pairs is not None:
         return EvalSet(about, shown, None, pairs, None)
     rewards, used = values["reward"], 16 // K * K
     some = [part.view(-1, N, part.size(1))[:, :used].flatten(0, 1) for part in samples]
@@ -75,6 +75,7 @@ def measure(pi: GPT, prompts, n: int, dataset: Dataset, seed: int, what: str, in
 def evaluate_policy(policy, reference, dataset, eval_set, beta, cfg, device, infer=LOCAL) -> dict:
     """Sample pi_theta on the held-out prompts, and compare it with pi_ref.
 
+    Metrics of pairs are those of DPO's implicit reward, whatever loss pi_theta was trained with.
     Returns "point", a row of results.json, and "shown", some of the samples.
     """
     pi_theta, pi_ref = infer.load(policy, device), infer.load(reference, device)
@@ -92,9 +93,10 @@ def evaluate_policy(policy, reference, dataset, eval_set, beta, cfg, device, inf
 
 
 def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=LOCAL) -> dict:
-    """The implicit reward on held-out pairs: `dpo.pair_metrics`, and regression on r*.
+    """The implicit reward on held-out pairs: `dpo.pair_metrics`, and a regression.
 
-    gap: r*(y_w) - r*(y_l) of each pair, (n,) nats.
+    gap: r*(y_w) - r*(y_l) of each pair, (n,) nats. r_hat_w - r_hat_l is regressed on it, without an
+    intercept. The slope is 1 if r_hat equals r* up to a constant for each prompt. R2 is uncentred.
     """
     logps = infer.compute_logps(pi_theta, pairs.ids, pairs.mask)
     share = dpo.mean_weights(pairs.weight.double())
@@ -157,7 +159,7 @@ def fraction_of_optimal(ref_r: Tensor, r: Tensor, kl: Tensor) -> dict:
         return float((r[p].mean() - ref_r[p].mean()) / np.interp(kl[p].mean(), kls, gains))
 
     prompts, found, se = np.arange(len(r)), None, None
-    if kl.mean() <= frontier["kl"].mean(1)[frontier["reliable"]].max(initial=0.0):
+    if 0 < kl.mean() <= frontier["kl"].mean(1)[frontier["reliable"]].max(initial=0.0):
         found = fraction(prompts)
         without_one = [fraction(np.delete(prompts, i)) for i in prompts]
         se = float(np.std(without_one)) * math.sqrt(len(r) - 1)

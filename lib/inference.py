@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Prompts, decode_rows
+from data import TokenLists, decode_rows
 from dpo import log_softmax, sequence_kl
 from lib.checkpoint import load_gpt
 from model import GPT, sample
@@ -20,8 +20,9 @@ def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """The same as `dpo.response_logps`, about 1.7 times as fast on a CPU.
 
     Rows are computed in up to four groups of similar length, which have little padding, and logits
-    for response tokens only. ids, mask: (B, T). Returns (B, T) nats.
+    for response tokens only. ids, mask: (B, T); each row needs a response. Returns (B, T) nats.
     """
+    ids, mask = ids.to(pi.device), mask.to(pi.device)
     lengths = row_lengths(mask)
     groups = lengths.argsort().chunk(max(1, min(4, len(ids) // 16)))
     logps = []
@@ -40,7 +41,7 @@ def row_lengths(mask: Tensor) -> Tensor:
     return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
 
 
-def collate(rows: Prompts, starts: list[int]) -> tuple[Tensor, Tensor]:
+def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
     """Rows of token ids as ids and mask (R, T): padded with 0, and True from each start on."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     start, end = torch.tensor([starts, [len(row) for row in rows]])[..., None]  # (R, 1) each
@@ -48,42 +49,45 @@ def collate(rows: Prompts, starts: list[int]) -> tuple[Tensor, Tensor]:
     return ids, (start <= place) & (place < end)
 
 
+def in_batches(pi: GPT, mask: Tensor, what: str):
+    """Rows ordered by length, and batches of them whose logits take 16 MB, with a progress bar."""
+    order = row_lengths(mask).argsort()
+    rows = max(1, (1 << 22) // (pi.config.context * pi.config.vocab_size))
+    return order, tqdm(order.split(rows), what, delay=1)
+
+
 @torch.no_grad()
 def compute_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi(y_t | x, y_<t) of many rows: ids, mask (R, T) -> (R, T) nats, on the CPU."""
-    logps = []
-    for rows in tqdm(torch.arange(len(ids)).split(256), "computing log-probabilities", delay=1):
-        some = fast_response_logps(pi, ids[rows].to(pi.device), mask[rows].to(pi.device))
-        logps.append(some.cpu())
-    return torch.cat(logps)
+    order, batches = in_batches(pi, mask, "computing log-probabilities")
+    logps = [fast_response_logps(pi, ids[rows], mask[rows]).cpu() for rows in batches]
+    return torch.cat(logps)[order.argsort()]
 
 
 def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """The second estimate of `dpo.sequence_kl` for many rows, (R,) nats, on the CPU."""
-    kls, lengths = [], row_lengths(mask)
-    order, c = lengths.argsort(), pi_ref.config
-    n = max(1, (1 << 22) // (c.context * c.vocab_size))  # for logits of 16 MB
-    for rows in tqdm(order.split(n), "computing the KL", delay=1):
-        T = int(lengths[rows].max())
+    kls = []
+    order, batches = in_batches(pi_ref, mask, "computing the KL")
+    for rows in batches:
+        T = int(row_lengths(mask[rows]).max())
         batch = ids[rows, :T].to(pi_ref.device), mask[rows, :T].to(pi_ref.device)
         kls.append(sequence_kl(pi_theta, pi_ref, *batch)[1].cpu())
     return torch.cat(kls)[order.argsort()]
 
 
-def generate(pi: GPT, prompts: Prompts, n: int, tokenizer, seed: int, what: str):
+def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: str):
     """n responses to each prompt: ids, mask and logps (P n, context), as `model.sample` returns.
 
-    Also returns the text of each. `what` is shown by the progress bar, and different purposes use
-    different random numbers.
+    Also returns the text of each. `what` labels the progress bar, and with `seed` it seeds the
+    random numbers.
     """
-    generator = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
+    rng = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
     c, batches = pi.config, []
     rows = (1 << 27) // (2 * c.n_layer * c.context * c.n_embd)  # for a cache of 512 MB
     rows = max(16, min(512, rows))
     repeated = [x for x in prompts for _ in range(n)]
     for i in tqdm(range(0, len(repeated), rows), what, delay=1):
-        some = repeated[i : i + rows]
-        batches.append(sample(pi, some, tokenizer.eot_token, generator=generator))
+        batches.append(sample(pi, repeated[i : i + rows], tokenizer.eot_token, generator=rng))
     samples = tuple(map(torch.cat, zip(*batches, strict=True)))
     return samples, decode_rows(samples[0], tokenizer)
 

@@ -1,4 +1,4 @@
-"""Files: one-line errors, atomic writes, downloads, and a lock for the output folder."""
+"""Files: one-line errors, atomic writes, the cache folder, and a lock for the output folder."""
 
 import hashlib
 import os

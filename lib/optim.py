@@ -8,15 +8,15 @@ import torch
 
 
 def bf16_supported(device: torch.device) -> bool:
-    """Whether to use bfloat16: on CUDA, and on CPUs with AVX512-BF16. Elsewhere it is very slow."""
+    """Whether the hardware computes in bfloat16. Elsewhere it is very slow."""
     if device.type != "cpu":
-        return device.type == "cuda"
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     in_use = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY can lower it
     return torch.cpu._is_avx512_bf16_supported() and in_use.startswith("AVX512")
 
 
 def linear_warmup_decay(steps: int) -> Callable[[int], float]:
-    """Learning-rate multiplier: linear warmup over 2 % of the steps, then linear decay to 0."""
+    """Learning-rate multiplier: linear warmup over 2 % of the steps, times linear decay to 0."""
     warmup = 0.02 * steps
     return lambda step: min(1.0, (step + 1) / (warmup + 1)) * (1 - step / max(1, steps))
 

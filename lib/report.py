@@ -15,9 +15,8 @@ from lib.io import BadInput, atomic_write, open_user_file
 
 def write_results(folder: Path, cfg, dataset: Dataset, eval_set: EvalSet, runs: dict, more: dict):
     """Write results.json. runs: {beta: (policy, evaluation)}."""
-    tokenizer, frontier = load_tokenizer(dataset.tokens), {}
-    if dataset.reward is not None:
-        frontier = optimal_frontier(eval_set.rewards)  # each array is averaged over prompts
+    tokenizer = load_tokenizer(dataset.tokens)
+    frontier = {} if dataset.reward is None else optimal_frontier(eval_set.rewards)
     results = {
         "config": vars(cfg) | {"init": Path(cfg.init).name, "imdb": cfg.imdb and cfg.imdb.name},
         "reference": eval_set.about,

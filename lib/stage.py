@@ -42,7 +42,7 @@ INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")
 def stage_key(function: Callable, args: tuple) -> str:
     """A checksum of everything that can influence function(*args).
 
-    Raises TypeError or PicklingError for an argument without a content, such as a generator.
+    Raises TypeError or PicklingError for an argument that cannot be pickled, such as a generator.
     """
     versions = platform.python_version(), str(torch.__version__)
     Describer(buffer := io.BytesIO()).dump([versions, function, args])
@@ -54,7 +54,7 @@ class Describer(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
-        self.fast = True  # do not refer back to equal objects, so that equal values look the same
+        self.fast = True  # without a memo; with it, sharing an object would change the bytes
         self.seen = set()
 
     def reducer_override(self, value: object):
@@ -123,7 +123,7 @@ class Stage:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.seconds: dict[str, float] = {}  # of each stage, when it was computed
+        self.seconds: dict[str, float] = {}  # that each stage took, now or in an earlier run
 
     def __call__(self, name: str, function: Callable, *args: object):
         key, path = stage_key(function, args), self.folder / f"{name}.pt"

@@ -129,7 +129,9 @@ def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, tmp
     dataset, eval_set = toy.returned["dataset"], toy.returned["eval_set"]
     loss = functools.partial(dpo.dpo, beta=2.0)
     monitor, rows = Monitor(dataset, eval_set, 0, tmp_path / "curves.csv"), [{"a": 1}, {"a": 2}]
-    found = monitor(pi_theta, pi_ref, loss, rows, 1)
+    monitor(pi_theta, pi_ref, loss, rows, 1)
+    found = rows[1]
+    assert rows[0] == {"a": 1} and found.pop("a") == 2
     pairs = eval_set.pairs  # fewer than 128 rows, so all of them
     losses, r_hat_w, r_hat_l = loss(compute_logps(pi_theta, pairs.ids, pairs.mask), pairs)
     margin = (r_hat_w - r_hat_l).tolist()
