@@ -44,9 +44,9 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
         dropped = f"{len(found) - len(pairs):,} of {len(found):,} pairs"
         print(f"{dropped} do not fit in --context {sizes.context} and are dropped")
     prompts = sorted({x for x, _, _ in pairs})
-    if len(prompts) < 3:
-        raise BadInput(f"{path}: needs 3 different prompts that fit in --context {sizes.context}")
-    n = max(2, math.ceil(len(prompts) / 10))
+    if len(prompts) < 2:
+        raise BadInput(f"{path}: needs two different prompts that fit in --context {sizes.context}")
+    n = min(len(prompts) - 1, max(2, math.ceil(len(prompts) / 10)))
     held_out = set(random.Random(seed).sample(prompts, n))
     train = [pair for pair in pairs if pair[0] not in held_out]
     held = [pair for pair in pairs if pair[0] in held_out]

@@ -64,7 +64,7 @@ BAD_FILES = {  # flags, the content of bad.file (None: there is none), a part of
     "own, blank": (OWN, b"\n \n\n", "no rows"),
     "own, truncated": (OWN, lines(pairs(3))[:-20], "line 3: is not JSON"),
     "own, empty prompt": (OWN, third(prompt=""), "line 3: prompt is missing, empty"),
-    "own, one prompt": (OWN, lines(pairs(4)), "3 different prompts"),
+    "own, one prompt": (OWN, lines(pairs(2)), "two different prompts"),
     "own, none fits": ([*OWN, "--context", "8"], lines(pairs()), "--context 8"),
     "imdb, missing": (IMDB, None, "cannot be read as the IMDb archive"),
     "imdb, empty": (IMDB, b"", "as the IMDb archive"),

@@ -149,7 +149,10 @@ def test_bfloat16_is_used_only_on_processors_with_units_for_it(monkeypatch):
             )
             answers[units, capability] = bf16_supported(CPU)
     assert [case for case, answer in answers.items() if answer] == [(True, "AVX512")]
-    assert bf16_supported(torch.device("cuda")) and not bf16_supported(torch.device("mps"))
+    assert not bf16_supported(torch.device("mps"))
+    for units in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, units=units: units)
+        assert bf16_supported(torch.device("cuda")) == units
 
 
 @pytest.mark.parametrize("kind", ["toy", "imdb", "own"])

@@ -150,7 +150,7 @@ DPO, EVAL = ["dpo-0.5", "dpo-2"], ["eval-0.5", "eval-2"]
 MODEL = ["reference", "completions", "eval_set", *DPO, *EVAL]
 DEPENDENTS = {  # all stages of the toy run that depend on a definition
     "dpo_loss": DPO + EVAL,
-    "optimal_policy": EVAL,
+    "frontier": EVAL,
     "bradley_terry": ["preferences", "eval_set"],
     "sample": ["completions", "eval_set", *DPO, *EVAL],
     "Attention": MODEL,
