@@ -42,9 +42,9 @@ class Config:
     # fmt: off
     data: str = flag("toy", "toy, imdb, or a file of your own preferences")
     imdb: Path | None = flag(None, "the IMDb archive; downloaded if omitted", type=Path)
-    init: str = flag("", "checkpoint to start from, or gpt2")
+    init: str = flag("", "checkpoint to start from (--sft-steps 0 keeps it as it is), or gpt2")
     from_scratch: bool = flag(False, "use random weights, and the tokenizer of --init")
-    loss: str = flag("dpo", "dpo, a loss of beyond/losses.py, or FILE.py:FUNCTION")
+    loss: str = flag("dpo", "dpo, a loss named in beyond/losses.py, or FILE.py:FUNCTION")
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
     pairs: str = flag("all", "which pairs of a prompt", choices=("all", "best-worst"))
@@ -59,7 +59,7 @@ class Config:
     completions: int = flag(4, "completions per prompt", 2)
     frozen: int = flag(0, "DPO freezes the (tied) embeddings and the first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1", 1e-12)
+    lr: float = flag(0.009, "peak learning rate at beta 1; other losses and optimizers need another", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own: at least 100 steps", 1)
     batch_size: int = flag(64, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
@@ -75,7 +75,7 @@ PRESETS = {
     | {"eval_prompts": 64, "ref_samples": 384, "eval_samples": 40},
     "own": {"shape": (4, 6, 192)}
     | {"init": PI_REF, "beta": (0.1,), "context": 256, "sft_steps": None, "sft_batch_size": 16}
-    | {"lr": 1e-4, "epochs": None, "batch_size": 16}
+    | {"lr": 1e-5, "epochs": None, "batch_size": 16}
     | {"eval_prompts": 64, "ref_samples": 16, "eval_samples": 4},
 }
 

@@ -99,7 +99,7 @@ def recognise(row: object) -> tuple[str, list[Candidate]]:
     if isinstance(row.get("completions"), list):
         return "scores", scored(row)
     found = ", ".join(f"{k}: {type(v).__name__}" for k, v in row.items() if k)[:150]
-    raise BadInput(f"has no known format ({found}); see --help")
+    raise BadInput(f"has no known format ({found}); see python -m beyond.convert --help")
 
 
 def answers(row: dict) -> list[Candidate]:

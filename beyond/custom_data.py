@@ -33,6 +33,8 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
     with open_user_file(path, "preferences"):
         found, recognised = convert(path, "bt", seed)
     print(recognised)
+    if not any(p["prompt"][-1:].isspace() or p["chosen"][:1].isspace() for p in found):
+        print("no space separates prompt and response: they are concatenated as they are")
     tokenizer = load_tokenizer(tokens)
     end = (tokenizer.eot_token,)
     pairs = []
@@ -111,7 +113,8 @@ def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device)
     start = time.perf_counter()
     fast_response_logps(pi, ids, torch.arange(ids.size(1)).expand_as(ids) > 0).sum().backward()
     seconds = (time.perf_counter() - start) / ids.numel() * tokens_to_train(cfg, dataset)
-    return f"training takes about {seconds / 60:.1f} minutes if no stage is cached"
+    time_ = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    return f"training takes about {time_} if no stage is cached"
 
 
 def tokens_to_train(cfg, dataset: Dataset) -> int:

@@ -38,7 +38,7 @@ class Monitor:
         """
         found, texts = self.look(pi_theta, pi_ref, loss)
         for text in texts if tenth % 3 == 1 else []:
-            tqdm.write(f"{tenth:3}0% | {text}")
+            tqdm.write(f"{tenth:3}0% | KL {found['kl']:.2f} | {' '.join(text.split())[:200]}")
         rows[-1] |= found
         names = ["step", *rows[-1]]
         writer = csv.DictWriter(file := io.StringIO(newline=""), names, extrasaction="ignore")

@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from beyond.custom_data import accuracy_line
+from beyond.custom_data import accuracy_line, wilson_interval
 from beyond.sample import printable, true_reward
 from data import Reward
 from lib.io import atomic_write
@@ -42,6 +42,7 @@ PANELS = {  # metric in the curves: title
 COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # of the betas
 ORANGE, BLUE = "#d95f02", "#1b6ca8"  # pi_theta and pi_ref
 TICKS = (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 25, 40)  # KL, nats
+LARGE = 30  # nats: a KL that a table points out
 STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the least contribution that is coloured
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --line: #ccc; --soft: #f4f4f4;
@@ -136,7 +137,9 @@ def machine(device: torch.device) -> dict[str, object]:
 
 def title(config: dict) -> str:
     known = config["data"] in ("toy", "imdb")
-    return Path(config["data"]).name + (f", {config['labels']} labels" if known else "")
+    parts = [Path(config["data"]).name, f"{config['labels']} labels" if known else ""]
+    parts += [Path(config["loss"]).name if config["loss"] != "dpo" else "", *config["loss_args"]]
+    return ", ".join(filter(None, parts))
 
 
 def method(config: dict) -> str:
@@ -232,8 +235,12 @@ def draw_frontier(results: dict) -> Figure:
         draw_optimum(ax, results, right)
     columns = [[p.get(n) or 0 for p in points] for n in ("kl", name, "kl_se", name + "_se")]
     kl, y, kl_se, y_se = np.array(columns)
-    label = f"{method(results['config'])}, ±2 standard errors"
-    ax.errorbar(kl, y, 2 * y_se, 2 * kl_se, "o", color=ORANGE, label=label)
+    bars, label = 2 * y_se, f"{method(results['config'])}, ±2 standard errors"
+    if not known:
+        intervals = [wilson_interval(p["pair_accuracy"], p["pairs"]) for p in points]
+        low, high = np.transpose(intervals)
+        bars, label = (y - low, high - y), f"{method(results['config'])}, 95 % intervals"
+    ax.errorbar(kl, y, bars, 2 * kl_se, "o", color=ORANGE, label=label)
     for p in points:
         ax.annotate(rf"  $\beta$ = {p['beta']:g}", (p["kl"], p[name]), va="top")
     ax.plot(0, origin, "D", color=BLUE, label=r"$\pi_{ref}$", clip_on=False, zorder=5)
@@ -249,7 +256,7 @@ def draw_frontier(results: dict) -> Figure:
     ax.xaxis.set_major_formatter("{x:g}")
     xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response, square-root scale"
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title(results["config"]))
-    ax.legend(loc="lower right", framealpha=1)
+    ax.legend(loc="best", framealpha=1)
     return figure
 
 
@@ -313,7 +320,7 @@ def samples_text(prompts: list[str], samples: dict[str, dict], width: int = 38) 
 def page(results: dict, reward: Reward | None) -> str:
     points, known = results["points"], bool(results["frontier"])
     caption = "Gain in true reward" if known else "Accuracy on held-out pairs"
-    about = {"reference": results["reference"], "pairs": results["pairs"]}
+    about = {"reference": results["reference"], "training pairs": results["pairs"]}
     about |= {"machine": results["machine"], "seconds": results["seconds"]}
     body = [
         tag("h1", escape(title(results["config"]))),
@@ -344,6 +351,11 @@ def page(results: dict, reward: Reward | None) -> str:
     return content + "\n</body></html>\n"
 
 
+def is_known(point: dict) -> bool:
+    """Whether the fraction could be estimated, and not by noise alone."""
+    return bool(point.get("fraction_of_optimal")) and point["fraction_of_optimal_se"] < 0.2
+
+
 def summary(results: dict) -> str:
     """The table of a run, and how close it came to the optimum."""
     points = results["points"]
@@ -352,12 +364,19 @@ def summary(results: dict) -> str:
     rows += [["-" if p[name] is None else f"{p[name]:.3g}" for name in names] for p in points]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    fractions = [p["fraction_of_optimal"] for p in points if p.get("fraction_of_optimal")]
+    fractions = [p["fraction_of_optimal"] for p in points if is_known(p)]
     if fractions:
         low, high = f"{min(fractions):.0%}", f"{max(fractions):.0%}"
         share = low if low == high else f"{low} to {high}"
         name = method(results["config"])
         table.append(f"{name} attains {share} of the largest possible gain at its KL.")
+    if others := [f"{p['beta']:g}" for p in points if results["frontier"] and not is_known(p)]:
+        table.append(
+            f"At beta {', '.join(others)} the largest possible gain cannot be estimated (-)."
+        )
+    if far := [f"{p['beta']:g}" for p in points if p["kl"] > LARGE]:
+        what = f"At beta {', '.join(far)} the KL is above {LARGE} nats"
+        table.append(f"{what}: if the samples are degenerate, lower --lr or --epochs.")
     if not results["frontier"]:
         table += map(accuracy_line, points)
     return "\n".join(table)

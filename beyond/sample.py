@@ -63,7 +63,9 @@ def load_models(path: Path, device: torch.device) -> Models:
     else:
         folder, found = path, read_policies(path)
     if not found:
-        raise BadInput(f"{path}: there are no models here; run python train.py --out {path} first")
+        raise BadInput(
+            f"{path}: there are no models here; python train.py writes them to its --out"
+        )
     tokens = next(iter(found.values()))["tokens"]
     for name, checkpoint in found.items():
         if checkpoint["tokens"] != tokens:
@@ -189,7 +191,7 @@ def order_pairs(path: Path, models: Models, n: int) -> str:
     """The held-out pairs with the largest and the smallest margin of each policy, n of each."""
     pairs = load_stage(path / "eval_set.pt").pairs
     texts = decode_rows(pairs.ids, models.tokenizer)
-    lines = []
+    lines, n = [], min(n, max(1, len(pairs.pairs) // 2))
     for name, pi in models.policies.items():
         if name == "pi_ref":
             continue
@@ -198,7 +200,9 @@ def order_pairs(path: Path, models: Models, n: int) -> str:
         _, r_hat_w, r_hat_l = dpo(logps, pairs, beta)
         order = (r_hat_w - r_hat_l).argsort(descending=True).tolist()
         for title, chosen in (("best", order[:n]), ("worst", order[-n:][::-1])):
-            lines.append(f"{name}: the {title} ordered of {len(order)} held-out pairs")
+            wrong = int((r_hat_w < r_hat_l).sum())
+            about = f"{len(order)} held-out pairs, {wrong} of which are misordered"
+            lines.append(f"{name}: the {title} ordered of {about}")
             for i in chosen:
                 w, l = pairs.pairs[i].tolist()
                 lines.append(f"  chosen    r_hat {r_hat_w[i]:+7.2f}  {printable(texts[w])}")

@@ -51,7 +51,7 @@ def resize_context(checkpoint: dict, context: int) -> dict:
     """Change the context. New positions start as zero vectors."""
     weight = checkpoint["weights"]["wpe.weight"]
     if context > len(weight):
-        print(f"positions {len(weight)} to {context - 1} of the model are untrained")
+        print(f"the model has {len(weight)} positions; the others, up to {context}, start as zeros")
     weight = F.pad(weight, (0, 0, 0, context - len(weight)))  # a negative pad cuts
     config = checkpoint["config"] | {"context": context}
     weights = checkpoint["weights"] | {"wpe.weight": weight}

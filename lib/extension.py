@@ -40,6 +40,6 @@ def load_loss(name: str, arguments: tuple[str, ...]) -> Callable:
         values = {key: float(value) for key, value in (a.split("=") for a in arguments)}
         inspect.signature(loss).bind(None, None, beta=1.0, **values)
     except (ValueError, TypeError) as e:
-        wanted = "must take (logps, batch, beta) and --loss-args"
+        wanted = "must take (logps, batch, beta) and --loss-args NAME=VALUE"
         raise BadInput(f"--loss {name}: {wanted} ({e})") from e
     return partial(loss, **values)
