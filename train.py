@@ -59,7 +59,7 @@ class Config:
     completions: int = flag(4, "completions per prompt", 2)
     frozen: int = flag(0, "DPO freezes the (tied) embeddings and the first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1; other losses and optimizers need another", 1e-12)
+    lr: float = flag(0.009, "peak learning rate at beta 1, for DPO with SGD", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own: at least 100 steps", 1)
     batch_size: int = flag(64, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
