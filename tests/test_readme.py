@@ -90,7 +90,7 @@ def test_quoted_loss_is_the_code():
 
 
 def test_example_loss_is_a_loss():
-    source = re.search(r"```python\n(from dpo import pair_logps\n.*?)```", README, re.S)[1]
+    source = re.search(r"```python\n(import torch.*?def my_loss.*?)```", README, re.S)[1]
     exec(source, namespace := {})
     import torch
 
