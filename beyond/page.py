@@ -256,7 +256,8 @@ def draw_frontier(results: dict) -> Figure:
     ax.xaxis.set_major_formatter("{x:g}")
     xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response, square-root scale"
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title(results["config"]))
-    ax.legend(loc="best", framealpha=1)
+    # "best" does not see the points of the second axis
+    ax.legend(loc="lower right" if results["config"]["data"] == "imdb" else "best", framealpha=1)
     return figure
 
 
