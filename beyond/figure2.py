@@ -419,23 +419,29 @@ LOOK = {
     "Unlikelihood": ("v", "#4d9221"),
     "Preferred-FT": ("P", "0.55"),
 }
+NEAR = 2.0  # nats: the end of the first panel
 PAPER = {"DPO": [(2.5, 0.9), (5, 1.0)], "PPO": [(2, 0.53), (11, 0.92)]}  # approximate readings
 
 
 def draw(results: dict) -> Figure:
-    """Left: gain against KL. Right: P(positive), with the paper's own readings on IMDb."""
-    figure = Figure((11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Gain against KL, for small and for all KL; P(positive), on IMDb with the paper's own readings;
+    and the largest gain against the time of training.
+    """
+    figure = Figure((11, 9), layout="constrained")
+    (near, left), (right, cost) = figure.subplots(2, 2)
     limit = 1.1 * max(p["kl"] for p in results["points"] if p["method"] in ("DPO", "PPO-GT", "PPO"))
-    for ax, y in ((left, "gain"), (right, "p_positive")):
-        common.draw_optimum(ax, results, y, limit)
-        draw_methods(ax, results, y)
-        shown = [p[y] for p in results["points"] if p["kl"] <= limit]
+    small = min(NEAR, limit)
+    for ax, y, end in ((near, "gain", small), (left, "gain", limit), (right, "p_positive", limit)):
+        common.draw_optimum(ax, results, y, end)
+        draw_methods(ax, results, y, end)
+        shown = [results["reference"]["p_positive"] if y == "p_positive" else 0]
+        shown += [p[y] for p in results["points"] if p["kl"] <= end]
         margin = 0.08 * (max(shown) - min(shown)) or 1
-        ax.set(xlim=(-0.02 * limit, limit), ylim=(min(shown) - margin, max(shown) + margin))
+        ax.set(xlim=(-0.02 * end, end), ylim=(min(shown) - margin, max(shown) + margin))
         ax.set(xlabel=r"KL($\pi_\theta$, $\pi_{ref}$), nats per response")
-    left.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
+        ax.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
     right.set(ylabel="P(positive), mean of sigmoid(r*)")
+    draw_cost(cost, results)
     if results["config"]["data"] == "imdb":
         draw_paper(right)
     left.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
@@ -446,11 +452,24 @@ def draw(results: dict) -> Figure:
     return figure
 
 
-def draw_methods(ax, results: dict, y: str):
+def draw_cost(ax, results: dict):
+    """The largest gain so far against the seconds of training so far, in the order of the runs."""
+    for method, (_, color) in LOOK.items():
+        points = [p for p in results["points"] if p["method"] == method]
+        if points:
+            seconds = np.cumsum([p["seconds"] for p in points])
+            best = np.maximum.accumulate([p["gain"] for p in points])
+            ax.step(seconds, best, color=color, where="post")
+            common.label(ax, method, seconds[-1], best[-1], color, xytext=(5, 0))
+    ax.margins(x=0.15)
+    ax.set(xlabel="seconds of training, all runs so far", ylabel="largest gain so far, nats")
+
+
+def draw_methods(ax, results: dict, y: str, end: float):
     """Each run as a point; lines join neighbours, except across a wide hole."""
     ends = []
     for method, (marker, color) in LOOK.items():
-        points = curve(results, method, y)[1:]
+        points = [point for point in curve(results, method, y)[1:] if point[0] <= end]
         if not points:
             continue
         xs, ys = map(list, zip(*points, strict=True))

@@ -154,13 +154,13 @@ def test_no_line_is_drawn_across_a_hole_and_the_papers_points_belong_to_imdb():
     run = made_up({"DPO": [(1.0, 1.0), (1.5, 2.0), (4.0, 3.0)]})
     run |= {"pairs": 6, "config": {"data": "toy", "labels": "bt", "seed": 0}}
     toy = figure2.draw(run)
-    joined = [line for line in toy.axes[0].lines if line.get_color() == figure2.ORANGE]
+    joined = [line for line in toy.axes[1].lines if line.get_color() == figure2.ORANGE]
     ends = [line.get_xdata() for line in joined if line.get_linestyle() == "-"]
     assert [list(x) for x in ends] == [[1.0, 1.5]]
     imdb = figure2.draw(run | {"config": run["config"] | {"data": "imdb"}})
-    texts = [text.get_text() for text in imdb.axes[1].texts]
+    texts = [text.get_text() for text in imdb.axes[2].texts]
     assert sum("paper" in text for text in texts) == 2
-    assert not any("paper" in t.get_text() for t in toy.axes[1].texts)
+    assert not any("paper" in t.get_text() for t in toy.axes[2].texts)
 
 
 def test_the_sweep_of_dpo_has_at_least_nine_betas():
