@@ -424,7 +424,7 @@ PAPER = {"DPO": [(2.5, 0.9), (5, 1.0)], "PPO": [(2, 0.53), (11, 0.92)]}  # appro
 
 
 def draw(results: dict) -> Figure:
-    """Gain against KL, for small and for all KL; P(positive), on IMDb with the paper's own readings;
+    """Gain against KL, for small and for all KL; P(positive), on IMDb with readings of the paper;
     and the largest gain against the time of training.
     """
     figure = Figure((11, 9), layout="constrained")
