@@ -71,7 +71,7 @@ class Config:
 PRESETS = {
     "imdb": {"shape": (4, 6, 192)}
     | {"init": PI_REF, "beta": (0.1, 0.3, 1.0), "context": 48, "reviews": 75_000, "sft_steps": None}
-    | {"prompts": 1600, "completions": 16, "frozen": 2, "lr": 1e-4, "batch_size": 4}
+    | {"prompts": 1600, "completions": 16, "frozen": 2, "lr": 1.2e-4, "batch_size": 4}
     | {"eval_prompts": 64, "ref_samples": 384, "eval_samples": 40},
     "own": {"shape": (4, 6, 192)}
     | {"init": PI_REF, "beta": (0.1,), "context": 256, "sft_steps": None, "sft_batch_size": 16}
