@@ -91,8 +91,8 @@ def load_dataset(cfg: Config, stage: Stage, tokens: list[bytes] | None) -> data.
         if cfg.data == "toy":
             load = data.load_toy
         elif cfg.data == "imdb":
-            reviews = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
-            load = partial(data.load_imdb, reviews, REWARD)
+            found = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
+            load = partial(data.load_imdb, found, REWARD)
         else:
             load = partial(find("load_pairs", "beyond.custom_data"), Path(cfg.data))
         return stage("dataset", load, sizes, cfg.seed, tokens)
