@@ -74,7 +74,8 @@ def test_pairs_that_do_not_fit_are_dropped_and_counted(tmp_path, capsys):
     y = "the plot is"
     long = len(TOKENIZER.encode_ordinary(y)) + 1 + 1
     rows = [row("a", y, "b"), row("b", "a", y), row("c", "a", "b"), row("d", "a", "b")]
-    assert len(load(tmp_path / "own.jsonl", rows, long).pairs.pairs) == 3
+    dataset = load(tmp_path / "own.jsonl", rows, long)
+    assert len(dataset.pairs.pairs) + len(dataset.eval_pairs.pairs) == 4
     assert "do not fit" not in capsys.readouterr().out
     dataset = load(tmp_path / "own.jsonl", rows, long - 1)
     assert len(dataset.pairs.pairs) + len(dataset.eval_pairs.pairs) == 2

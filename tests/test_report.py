@@ -56,11 +56,12 @@ def test_samples_show_prompts_texts_and_rewards():
 def test_the_table_has_a_row_for_each_beta_and_dashes_for_unknown_values(toy):
     results = json.loads(json.dumps(toy.results, default=str))
     results["points"][0] |= {"fraction_of_optimal": None, "kl": 1.25}
-    results["points"][1] |= {"fraction_of_optimal": 0.5}
-    header, first, second, last = page.summary(results).splitlines()
+    results["points"][1] |= {"fraction_of_optimal": 0.5, "fraction_of_optimal_se": 0.1, "kl": 40}
+    header, first, second, claim, unknown, large = page.summary(results).splitlines()
     assert "KL" in header.split() and header.split()[0] == "beta"
     assert first.split()[:2] == ["0.5", "1.25"] and first.split()[-1] == "-"
-    assert second.split()[0] == "2" and "attains 50% of" in last
+    assert second.split()[0] == "2" and "attains 50% of" in claim
+    assert "At beta 0.5 " in unknown and "At beta 2 the KL is above 30 nats" in large
 
 
 def test_figures_show_what_is_known(toy, own):

@@ -361,7 +361,7 @@ def test_a_batch_of_one_prompt_can_be_overfitted(toy, capsys):
     assert curve[-1]["loss"] < 0.2 * curve[0]["loss"] and curve[-1]["accuracy"] == 1
     assert [i for i, row in enumerate(curve, 1) if "kl" in row] == [*range(3, 31, 3)]
     printed = capsys.readouterr()
-    shown = [f"{p}% | r* " in printed.out + printed.err for p in range(10, 101, 10)]
+    shown = [f"{p}% | KL " in printed.out + printed.err for p in range(10, 101, 10)]
     assert shown == [p in (10, 40, 70, 100) for p in range(10, 101, 10)]
 
 
