@@ -82,7 +82,7 @@ PRESETS = {
 # -------------------------------------------------- 1. the dataset
 
 
-def load_dataset(cfg: Config, stage: Stage, tokens: list[bytes] | None) -> data.Dataset:
+def load_dataset(cfg: Config, stage: Stage, tokens) -> data.Dataset:
     """The toy reviews, IMDb's, or preferences from a file. Raises BadInput if they are unusable."""
     # IMDb's training reviews are only encoded if pi_ref is fine-tuned on them.
     reviews = cfg.reviews if cfg.data != "imdb" or sft_settings(cfg, 0)[0] else 0
@@ -258,7 +258,7 @@ def run(cfg: Config, stage: Stage, device) -> str:
         how = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
         look = monitor(dataset, eval_set, seed, stage.folder / f"curves-{beta:g}.csv")
         args = preferences, partial(loss, beta=beta), how, look, device
-        policy = stage(f"dpo-{beta:g}", train_dpo, reference, *args)
+        policy = stage(f"{cfg.loss.split(':')[-1]}-{beta:g}", train_dpo, reference, *args)
         args = reference, dataset, eval_set, beta, ev, device
         runs[beta] = policy, stage(f"eval-{beta:g}", evaluate_policy, policy, *args)
         more = {"pairs": len(preferences.pairs), "seconds": stage.seconds}
@@ -270,7 +270,7 @@ def run(cfg: Config, stage: Stage, device) -> str:
 def main(argv) -> int:
     args, cfg = cli.parse("train.py", __doc__, Config, PRESETS, argv)
 
-    def work() -> str:
+    def work():
         table = run(cfg, Stage(args.out), args.device)
         see = f"see {args.out / 'figure.png'}; next: python -m beyond.sample {args.out}"
         return f"{table}\n{see}, or another --loss or --beta"

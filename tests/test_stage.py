@@ -192,7 +192,8 @@ def keys_with(run, **settings) -> dict[str, str]:
 
     def stage(name, function, *args):
         keys[name] = stage_key(function, args)
-        return run.returned.get(name) or run.returned[name.split("-")[0] + "-0.5"]
+        same = "eval-0.5" if name.startswith("eval") else "dpo-0.5"
+        return run.returned.get(name) or run.returned[same]
 
     stage.seconds, stage.folder = {}, Path()
     with pytest.MonkeyPatch.context() as patch:
@@ -214,8 +215,8 @@ SETTINGS = {  # another value of each setting, and the stages that use it
     "labels": ("soft", ["eval_set", *PREFERENCES, *EVAL]),
     "pairs": ("best-worst", ["eval_set", *PREFERENCES, *EVAL]),
     "beta": ((0.25, 2.0), ["dpo-0.25", "eval-0.25"]),
-    "loss": ("users.py:my_loss", DPO),
-    "loss_args": (("scale=2",), DPO),
+    "loss": ("users.py:my_loss", ["my_loss-0.5", "my_loss-2"]),
+    "loss_args": (("scale=2",), ["my_loss-0.5", "my_loss-2"]),
     "init": ("init.pt", ["reference"]),
     "from_scratch": (True, ["reference"]),
     "context": (20, ["dataset", "reference"]),

@@ -273,7 +273,7 @@ def mine(logps, batch, beta, scale=1.0):
         found = main(f"--beta 2 --loss users.py:mine {more}")
         assert page.method(found["config"]) == "mine"
         losses.append(found["curves"]["2"][0]["loss"] / math.log(2))
-        trained.append("dpo-2" in run_stages(capsys.readouterr().out))
+        trained.append("mine-2" in run_stages(capsys.readouterr().out))
     assert losses == pytest.approx([1, 1, 3, 6, 12], rel=1e-3)
     assert trained == [True, False, True, True, True]
 
