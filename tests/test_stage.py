@@ -192,8 +192,10 @@ def keys_with(run, **settings) -> dict[str, str]:
 
     def stage(name, function, *args):
         keys[name] = stage_key(function, args)
-        same = "eval-0.5" if name.startswith("eval") else "dpo-0.5"
-        return run.returned.get(name) or run.returned[same]
+        if name in run.returned:
+            return run.returned[name]
+        kind, beta = "eval" if name.startswith("eval") else "dpo", name.split("-")[-1]
+        return run.returned.get(f"{kind}-{beta}", run.returned[f"{kind}-0.5"])
 
     stage.seconds, stage.folder = {}, Path()
     with pytest.MonkeyPatch.context() as patch:
