@@ -325,7 +325,7 @@ def page(results: dict, reward: Reward | None) -> str:
     about |= {"machine": results["machine"], "seconds": results["seconds"]}
     body = [
         tag("h1", escape(title(results["config"]))),
-        tag("p", escape(summary(results).splitlines()[-1])) if known else "",
+        *(tag("p", escape(line)) for line in summary(results).splitlines()[1 + len(points) :]),
         figure(draw_frontier(results), f"{caption} against KL from pi_ref, for each beta."),
         tag("h2", "Results"),
         points_table(points),

@@ -67,6 +67,8 @@ def test_numbers_are_those_of_results_json(recorded):
     check_numbers(content, results)
     assert content.count("data:image/png;base64,") == 2
     assert html.escape(page.title(results["config"])) in content
+    for line in page.summary(results).splitlines()[1 + len(results["points"]) :]:
+        assert f"<p>{html.escape(line)}</p>" in content
 
 
 def test_the_page_loads_nothing(recorded):
