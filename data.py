@@ -242,8 +242,8 @@ def openings(reviews: list[str], tokenizer, context: int) -> TokenLists:
     tokens, end = token_bytes(tokenizer), tokenizer.eot_token
     closes = [re.search(rb"[.!?][\"')]*$", token) is not None for token in tokens]
     found = []
-    for ids in tokenizer.encode_ordinary_batch([review[: 8 * context] for review in reviews]):
-        ids.append(end)
+    for review in reviews:
+        ids = [*tokenizer.encode_ordinary(review[: 8 * context]), end]
         for n in range(min(len(ids), context) - 1, 4, -1):
             next_starts_word = ids[n] == end or tokens[ids[n]].startswith(b" ")
             if closes[ids[n - 1]] and next_starts_word:

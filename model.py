@@ -36,9 +36,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     hs).
     """
     T, S = q.size(2), k.size(2)
-    if q.is_cuda and T == S:
+    if T == S and (q.is_cuda or q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # Otherwise there is a cache, or a CPU, where plain products are faster at these lengths.
+    # With a cache, and in bfloat16 on a CPU, plain products are faster at these lengths.
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, nh, T, S)
     future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)
     return (scores + future).softmax(-1).to(v.dtype) @ v

@@ -24,7 +24,7 @@ def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """
     ids, mask = ids.to(pi.device), mask.to(pi.device)
     lengths = row_lengths(mask)
-    groups = lengths.argsort().chunk(max(1, min(4, len(ids) // 16)))
+    groups = lengths.argsort().chunk(max(1, min(4, ids.numel() * pi.config.n_embd // 150_000)))
     logps = []
     for rows in groups:
         T = int(lengths[rows].max())
