@@ -18,7 +18,7 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
@@ -49,7 +49,7 @@ class Dataset:
     tokens: list[bytes] | None  # of the tokenizer, see `load_tokenizer`
     eval_prompts: TokenLists  # distinct, and not among `prompts`
     sft_texts: TokenLists  # for supervised fine-tuning
-    prompts: TokenLists = field(default_factory=list)  # to collect preferences on
+    prompts: TokenLists  # to collect preferences on
     reward: Reward | None = None  # r*
     pairs: Preferences | None = None  # in place of prompts and r*; without log pi_ref
     eval_pairs: Preferences | None = None
@@ -87,20 +87,18 @@ class WordReward:
 WORDS = """
 superb 1.4  brilliant 1.2  moving .9  charming .8  clever .8  good .6  honest .5  decent .3
 plain -.3  odd -.3  slow -.6  bland -.6  weak -.8  dull -.9  clumsy -.9  awful -1.4  shines .9
-works .6
-delights 1.1  lingers .5  fails -.9  drags -.8  annoys -1.1  wanders -.5  loved 1.2  enjoyed .8
-liked .6  forgot -.5  disliked -.8  hated -1.2  gladly .6  happily .5  sadly -.5  barely -.5
-masterpiece 1.4  gem .9  mess -1.1  bore -.9
+works .6  delights 1.1  lingers .5  fails -.9  drags -.8  annoys -1.1  wanders -.5  loved 1.2
+enjoyed .8  liked .6  forgot -.5  disliked -.8  hated -1.2  gladly .6  happily .5  sadly -.5
+barely -.5  masterpiece 1.4  gem .9  mess -1.1  bore -.9
 """.split()
 WEIGHT = dict(zip(WORDS[::2], map(float, WORDS[1::2]), strict=True))  # nats; other words have none
 
 RULES = """
 REVIEW: CLAUSE. | CLAUSE and CLAUSE. | CLAUSE but CLAUSE. | CLAUSE. CLAUSE. | CLAUSE while CLAUSE.
 CLAUSE: the PART is HOW QUALITY | the PART was QUALITY | the QUALITY PART ACTS
-CLAUSE: this FILM ADVERB ACTS
-CLAUSE: i ADVERB FELT the PART | we FELT its QUALITY PART | my FRIEND FELT this FILM
-CLAUSE: it is a QUALITY FILM | the PART by this AUTHOR ACTS | that was HOW QUALITY
-CLAUSE: for me it is a VERDICT | this FILM is a VERDICT
+CLAUSE: this FILM ADVERB ACTS | i ADVERB FELT the PART | we FELT its QUALITY PART
+CLAUSE: my FRIEND FELT this FILM | it is a QUALITY FILM | the PART by this AUTHOR ACTS
+CLAUSE: that was HOW QUALITY | for me it is a VERDICT | this FILM is a VERDICT
 PART: plot | script | story | acting | cast | music | score | camera | pace | humour | dialogue
 PART: ending | opening | hero | villain
 FILM: film | movie | drama | comedy | thriller | western | sequel | remake
@@ -123,7 +121,7 @@ def toy_reviews(n: int, seed: int) -> list[str]:
     """n reviews written by the grammar."""
     rng = random.Random(seed)
 
-    def expand(text: str) -> str:
+    def expand(text):
         return re.sub("[A-Z]+", lambda match: expand(rng.choice(GRAMMAR[match[0]])), text)
 
     return [expand("REVIEW") for _ in range(n)]
@@ -157,7 +155,7 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
     The keys are "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg". Raises OSError,
     ValueError, EOFError, or an error of tarfile or zlib.
     """
-    reviews: dict[str, list] = defaultdict(list)
+    reviews = defaultdict(list)
     with tarfile.open(path) as archive:
         for member in tqdm(archive, "reading reviews", unit=" files"):
             if member.isfile() and (found := MEMBER.search(member.name)):

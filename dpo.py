@@ -174,14 +174,9 @@ class Preferences:
         kept = rows[self.pairs[:, 0]]
         new_row = rows.cumsum(0) - 1
         T = int(self.mask[rows].any(0).nonzero().max()) + 1
-        return Preferences(
-            self.ids[rows, :T],
-            self.mask[rows, :T],
-            self.ref_logps[rows, :T],
-            self.prompt[rows],
-            new_row[self.pairs[kept]],
-            self.weight[kept],
-        )
+        ids, mask, ref_logps = (x[rows, :T] for x in (self.ids, self.mask, self.ref_logps))
+        pairs, weight = new_row[self.pairs[kept]], self.weight[kept]
+        return Preferences(ids, mask, ref_logps, self.prompt[rows], pairs, weight)
 
     def to(self, device: torch.device) -> "Preferences":
         return Preferences(*(tensor.to(device) for tensor in vars(self).values()))

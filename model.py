@@ -54,10 +54,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         if cache is not None:  # (2, B, nh, context, hs)
-            cache[0, :, :, start : start + T] = k
-            cache[1, :, :, start : start + T] = v
+            cache[:, :, :, start : start + T] = qkv[1:]
             k, v = cache  # all of it, because products with a part are slower
         y = causal_attention(q, k, v, start)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -147,11 +146,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def sample(
-    pi: GPT,
-    prompts: list[list[int]],
-    end: int,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    pi: GPT, prompts: list[list[int]], end: int, temperature: float = 1.0, generator=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one response y ~ pi( . | x) for each prompt x, token by token.
 
@@ -187,7 +182,7 @@ def sample(
     return ids.masked_fill(after, end).cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()
 
 
-def draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+def draw(p: Tensor, generator=None) -> Tensor:
     """One index for each row of probabilities (B, V), by inverting their cumulative sum: (B, 1).
 
     This is much faster than `torch.multinomial`.

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import data
 import dpo
-from lib import cli, report
-from lib.checkpoint import load_gpt, read_checkpoint, resize_context, to_checkpoint
+from lib import cli
+from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
 from lib.cli import flag
 from lib.evaluate import EvalConfig, evaluate_policy, make_eval_set, measure
 from lib.extension import find, load_loss
@@ -31,8 +31,8 @@ from model import GPT, GPTConfig
 
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
-PI_REF = str(Path(__file__).parent / "lib" / "pi_ref.pt")  # made by beyond/pretrain.py
-REWARD = Path(__file__).parent / "lib" / "imdb_reward.json"  # made by beyond/reward.py
+PI_REF = str(Path(__file__).parent / "lib/pi_ref.pt")  # made by beyond/pretrain.py
+REWARD = Path(__file__).parent / "lib/imdb_reward.json"  # made by beyond/reward.py
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,18 @@ class Config:
     # fmt: on
 
 
-PRESETS = {
-    "imdb": {"shape": (4, 6, 192)}
-    | {"init": PI_REF, "beta": (0.1, 0.3, 1.0), "context": 48, "reviews": 75_000, "sft_steps": None}
-    | {"prompts": 1600, "completions": 16, "frozen": 2, "lr": 1.2e-4, "batch_size": 4}
-    | {"eval_prompts": 64, "ref_samples": 384, "eval_samples": 40},
-    "own": {"shape": (4, 6, 192)}
-    | {"init": PI_REF, "beta": (0.1,), "context": 256, "sft_steps": None, "sft_batch_size": 16}
-    | {"lr": 1e-5, "epochs": None, "batch_size": 16}
-    | {"eval_prompts": 64, "ref_samples": 16, "eval_samples": 4},
-}
+PRESETS = {  # what differs for the other datasets
+    "imdb": {
+        "init": PI_REF, "shape": (4, 6, 192), "context": 48, "reviews": 75_000, "sft_steps": None,
+        "prompts": 1600, "completions": 16, "beta": (0.1, 0.3, 1.0), "frozen": 2, "lr": 1.2e-4,
+        "batch_size": 4, "eval_prompts": 64, "ref_samples": 384, "eval_samples": 40,
+    },
+    "own": {
+        "init": PI_REF, "shape": (4, 6, 192), "context": 256, "sft_steps": None,
+        "sft_batch_size": 16, "beta": (0.1,), "lr": 1e-5, "epochs": None, "batch_size": 16,
+        "eval_prompts": 64, "ref_samples": 16, "eval_samples": 4,
+    },
+}  # fmt: skip
 
 # -------------------------------------------------- 1. the dataset
 
@@ -118,7 +120,7 @@ def initial_model(cfg: Config) -> dict:
         read = read_checkpoint if Path(cfg.init).is_file() else find("published", "beyond.gpt2")
         found = read(cfg.init)
         if not cfg.from_scratch:
-            return resize_context(found, cfg.context)
+            return find("resize_context", "beyond.gpt2")(found, cfg.context)
         tokens = found["tokens"]
     vocab_size = data.load_tokenizer(tokens).n_vocab
     torch.manual_seed(cfg.seed)
@@ -252,6 +254,7 @@ def run(cfg: Config, stage: Stage, device) -> str:
     eval_set = stage("eval_set", make_eval_set, dataset, eval_pairs, reference, ev, device)
 
     monitor = find("Monitor", "beyond.monitor")
+    write_results = find("write_results", "beyond.page")
     runs = {}
     for beta in cfg.beta:
         lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls; the exponent is tuned
@@ -261,10 +264,8 @@ def run(cfg: Config, stage: Stage, device) -> str:
         policy = stage(f"{cfg.loss.split(':')[-1]}-{beta:g}", train_dpo, reference, *args)
         args = reference, dataset, eval_set, beta, ev, device
         runs[beta] = policy, stage(f"eval-{beta:g}", evaluate_policy, policy, *args)
-        more = {"pairs": len(preferences.pairs), "seconds": stage.seconds}
-        more["machine"] = find("machine", "beyond.page")(device)
-        report.write_results(stage.folder, cfg, dataset, eval_set, runs, more)
-    return report.draw(stage.folder)
+        write_results(stage, cfg, dataset, eval_set, preferences, runs, device)
+    return find("write_page", "beyond.page")(stage.folder)
 
 
 def main(argv) -> int:

@@ -58,6 +58,7 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
         tokens,
         eval_prompts=[list(x) for x in prompts if x in held_out][: sizes.eval_prompts],
         sft_texts=[[*x, *y_w] for x, y_w, _ in train],
+        prompts=[],
         pairs=to_preferences(train),
         eval_pairs=to_preferences(held),
     )

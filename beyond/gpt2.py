@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -291,6 +292,17 @@ def published(source: str) -> dict:
 
 
 # ------------------------------------------------- the command line
+
+
+def resize_context(checkpoint: dict, context: int) -> dict:
+    """Change the context. New positions start as zero vectors."""
+    weight = checkpoint["weights"]["wpe.weight"]
+    if context > len(weight):
+        print(f"the model has {len(weight)} positions; the others, up to {context}, start as zeros")
+    weight = F.pad(weight, (0, 0, 0, context - len(weight)))  # a negative pad cuts
+    config = checkpoint["config"] | {"context": context}
+    weights = checkpoint["weights"] | {"wpe.weight": weight}
+    return checkpoint | {"config": config, "weights": weights}
 
 
 def convert(source: str, out: Path | None) -> str:

@@ -1,10 +1,11 @@
 """The figures of a run, and one page with figures, table, settings, command and samples.
 
-Everything comes from out/results.json. train.py makes them at its end, and `python -m lib.report
-out` makes them again. The page contains everything it shows and loads nothing. In the samples, the
-colour of a word is its contribution in context: r*(text) - r*(text without the word), in nats. Blue
-stands for pi_ref and orange for pi_theta, as in the figures; so words that raise r* are green and
-underlined, and words that lower it are red with a dotted underline.
+`write_results` writes out/results.json after each beta; everything else comes from that file.
+train.py draws figures and page at its end, and `python -m lib.report out` draws them again. The
+page contains everything it shows and loads nothing. In the samples, the colour of a word is its
+contribution in context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and
+orange for pi_theta, as in the figures; so words that raise r* are green and underlined, and words
+that lower it are red with a dotted underline.
 """
 
 import base64
@@ -26,9 +27,12 @@ from matplotlib.ticker import FixedLocator
 
 from beyond.custom_data import accuracy_line, wilson_interval
 from beyond.sample import printable, true_reward
-from data import Reward
-from lib.io import atomic_write
+from data import Dataset, Reward, load_tokenizer
+from dpo import Preferences
+from lib.evaluate import EvalSet, optimal_frontier
+from lib.io import atomic_write, open_user_file
 from lib.optim import bf16_supported
+from lib.stage import Stage
 from train import PRESETS, Config
 
 PANELS = {  # metric in the curves: title
@@ -383,12 +387,49 @@ def summary(results: dict) -> str:
     return "\n".join(table)
 
 
-def write_page(out: Path, results: dict) -> str:
-    """Write figure.png, curves.png, samples.txt and report.html. Returns the table."""
-    draw_frontier(results).savefig(out / "figure.png", dpi=120)
-    content = page(results, true_reward(out) if results["frontier"] else None)
-    atomic_write(out / "report.html", content.encode())
-    draw_curves(results["curves"]).savefig(out / "curves.png", dpi=120)
-    text = samples_text(results["prompts"], results["samples"])
-    atomic_write(out / "samples.txt", text.encode())
-    return summary(results)
+def write_results(
+    stage: Stage,
+    cfg: Config,
+    dataset: Dataset,
+    eval_set: EvalSet,
+    preferences: Preferences,
+    runs: dict,
+    device: torch.device,
+):
+    """Write results.json to the folder of `stage`. runs: {beta: (policy, evaluation)}."""
+    tokenizer = load_tokenizer(dataset.tokens)
+    frontier = {} if dataset.reward is None else optimal_frontier(eval_set.rewards)
+    results = {
+        "config": vars(cfg) | {"init": Path(cfg.init).name, "imdb": cfg.imdb and cfg.imdb.name},
+        "reference": eval_set.about,
+        "points": [evaluation["point"] for _, evaluation in runs.values()],
+        "frontier": {
+            name: values.reshape(len(values), -1).mean(1).tolist()
+            for name, values in frontier.items()
+        },
+        "prompts": [tokenizer.decode(x) for x in dataset.eval_prompts[:12]],
+        "samples": {"pi_ref": eval_set.shown}
+        | {f"beta {beta:g}": evaluation["shown"] for beta, (_, evaluation) in runs.items()},
+        "curves": {f"{beta:g}": policy["curves"] for beta, (policy, _) in runs.items()},
+        "pairs": len(preferences.pairs),
+        "seconds": stage.seconds,
+        "machine": machine(device),
+    }
+    text = json.dumps(results, default=str, indent=1)
+    atomic_write(stage.folder / "results.json", text.encode())
+
+
+def write_page(out: Path) -> str:
+    """Write figure.png, curves.png, samples.txt and report.html. Returns the table.
+
+    Raises BadInput if results.json cannot be used.
+    """
+    with open_user_file(out / "results.json", "the results of a run"):
+        results = json.loads((out / "results.json").read_text("utf-8"))
+        draw_frontier(results).savefig(out / "figure.png", dpi=120)
+        content = page(results, true_reward(out) if results["frontier"] else None)
+        atomic_write(out / "report.html", content.encode())
+        draw_curves(results["curves"]).savefig(out / "curves.png", dpi=120)
+        text = samples_text(results["prompts"], results["samples"])
+        atomic_write(out / "samples.txt", text.encode())
+        return summary(results)

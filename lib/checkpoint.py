@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from data import load_tokenizer
 from lib.io import open_user_file
@@ -45,14 +44,3 @@ def read_checkpoint(path: Path) -> dict:
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError("its weights are not finite")
         return {"config": config, "tokens": found["tokens"], "weights": weights}
-
-
-def resize_context(checkpoint: dict, context: int) -> dict:
-    """Change the context. New positions start as zero vectors."""
-    weight = checkpoint["weights"]["wpe.weight"]
-    if context > len(weight):
-        print(f"the model has {len(weight)} positions; the others, up to {context}, start as zeros")
-    weight = F.pad(weight, (0, 0, 0, context - len(weight)))  # a negative pad cuts
-    config = checkpoint["config"] | {"context": context}
-    weights = checkpoint["weights"] | {"wpe.weight": weight}
-    return checkpoint | {"config": config, "weights": weights}

@@ -25,10 +25,10 @@ def usable_device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"this machine has no device {name!r}") from None
 
 
-def at_least(low: float) -> Callable[[str], float]:
+def at_least(low):
     """A parser of numbers of the type of `low`, which must not be smaller."""
 
-    def number(text: str) -> float:
+    def number(text):
         value = type(low)(text)
         if not low <= value < 2**32:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}, below {2**32}")

@@ -150,19 +150,19 @@ def fraction_of_optimal(ref_r: Tensor, r: Tensor, kl: Tensor) -> dict:
 
     ref_r: (P, N). r, kl: means per prompt, (P,). None where the optimum cannot be estimated.
     """
-    frontier = optimal_frontier(ref_r)
+    frontier, P = optimal_frontier(ref_r), len(r)
     ref_r, r, kl = (values.double().numpy() for values in (ref_r.mean(1), r, kl))
+    optimal_kl, optimal_gain = frontier["kl"], frontier["reward"] - ref_r  # (80, P)
 
-    def fraction(p: np.ndarray) -> float:  # of these prompts
-        kls = [0, *frontier["kl"][:, p].mean(1)]
-        gains = [0, *frontier["reward"][:, p].mean(1) - ref_r[p].mean()]
-        return float((r[p].mean() - ref_r[p].mean()) / np.interp(kl[p].mean(), kls, gains))
+    def fraction(w):  # weights of the prompts (P,)
+        largest = np.interp(kl @ w, [0, *optimal_kl @ w], [0, *optimal_gain @ w])
+        return float((r - ref_r) @ w / largest)
 
-    prompts, found, se = np.arange(len(r)), None, None
-    if 0 < kl.mean() <= frontier["kl"].mean(1)[frontier["reliable"]].max(initial=0.0):
-        found = fraction(prompts)
-        without_one = [fraction(np.delete(prompts, i)) for i in prompts]
-        se = float(np.std(without_one)) * math.sqrt(len(r) - 1)
+    found, se = None, None
+    if 0 < kl.mean() <= optimal_kl.mean(1)[frontier["reliable"]].max(initial=0.0):
+        found = fraction(np.full(P, 1 / P))
+        without_one = [fraction(w) for w in (1 - np.eye(P)) / (P - 1)]
+        se = float(np.std(without_one)) * math.sqrt(P - 1)
     return {"fraction_of_optimal": found, "fraction_of_optimal_se": se}
 
 

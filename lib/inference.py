@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """
     ids, mask = ids.to(pi.device), mask.to(pi.device)
     lengths = row_lengths(mask)
-    groups = lengths.argsort().chunk(max(1, min(4, ids.numel() * pi.config.n_embd // 150_000)))
+    groups = lengths.argsort().chunk(1 + min(3, ids.numel() * pi.config.n_embd // 150_000))
     logps = []
     for rows in groups:
         T = int(lengths[rows].max())
@@ -49,30 +50,30 @@ def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
     return ids, (start <= place) & (place < end)
 
 
-def in_batches(pi: GPT, mask: Tensor, what: str):
-    """Rows ordered by length, and batches of them whose logits take 16 MB, with a progress bar."""
+def by_length(function: Callable, pi: GPT, ids: Tensor, mask: Tensor, what: str) -> Tensor:
+    """function(ids, mask) of R rows, in batches of similar length whose logits take 16 MB."""
     order = row_lengths(mask).argsort()
     rows = max(1, (1 << 22) // (pi.config.context * pi.config.vocab_size))
-    return order, tqdm(order.split(rows), what, delay=1)
+    batches = tqdm(order.split(rows), what, delay=1)
+    return torch.cat([function(ids[rows], mask[rows]).cpu() for rows in batches])[order.argsort()]
 
 
 @torch.no_grad()
 def compute_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi(y_t | x, y_<t) of many rows: ids, mask (R, T) -> (R, T) nats, on the CPU."""
-    order, batches = in_batches(pi, mask, "computing log-probabilities")
-    logps = [fast_response_logps(pi, ids[rows], mask[rows]).cpu() for rows in batches]
-    return torch.cat(logps)[order.argsort()]
+    logps = partial(fast_response_logps, pi)
+    return by_length(logps, pi, ids, mask, "computing log-probabilities")
 
 
 def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """The second estimate of `dpo.sequence_kl` for many rows, (R,) nats, on the CPU."""
-    kls = []
-    order, batches = in_batches(pi_ref, mask, "computing the KL")
-    for rows in batches:
-        T = int(row_lengths(mask[rows]).max())
-        batch = ids[rows, :T].to(pi_ref.device), mask[rows, :T].to(pi_ref.device)
-        kls.append(sequence_kl(pi_theta, pi_ref, *batch)[1].cpu())
-    return torch.cat(kls)[order.argsort()]
+
+    def kl(ids, mask):
+        T = int(row_lengths(mask).max())
+        batch = ids[:, :T].to(pi_ref.device), mask[:, :T].to(pi_ref.device)
+        return sequence_kl(pi_theta, pi_ref, *batch)[1]
+
+    return by_length(kl, pi_ref, ids, mask, "computing the KL")
 
 
 def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: str):
@@ -82,12 +83,10 @@ def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: s
     random numbers.
     """
     rng = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
-    c, batches = pi.config, []
-    rows = (1 << 27) // (2 * c.n_layer * c.context * c.n_embd)  # for a cache of 512 MB
-    rows = max(16, min(512, rows))
-    repeated = [x for x in prompts for _ in range(n)]
-    for i in tqdm(range(0, len(repeated), rows), what, delay=1):
-        batches.append(sample(pi, repeated[i : i + rows], tokenizer.eot_token, generator=rng))
+    c, end, repeated = pi.config, tokenizer.eot_token, [x for x in prompts for _ in range(n)]
+    rows = min(512, 16 + (1 << 26) // (c.n_layer * c.context * c.n_embd))  # their cache: 512 MB
+    starts = tqdm(range(0, len(repeated), rows), what, delay=1)
+    batches = [sample(pi, repeated[i : i + rows], end, generator=rng) for i in starts]
     samples = tuple(map(torch.cat, zip(*batches, strict=True)))
     return samples, decode_rows(samples[0], tokenizer)
 

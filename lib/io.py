@@ -41,7 +41,7 @@ def sha256(content: bytes) -> str:
 
 def cache_dir() -> Path:
     """The folder for downloads and shared results. The environment variable DPO_CACHE moves it."""
-    folder = Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo")
+    folder = Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache/dpo")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -50,9 +50,8 @@ def cache_dir() -> Path:
 def file_lock(folder: Path) -> Iterator[None]:
     """Allow one run at a time in `folder`. The lock ends with the process."""
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
     except Timeout:
         message = "another run is using this folder; wait for it, or choose another --out"
         raise BadInput(f"{folder}: {message}") from None
-    with lock:
-        yield

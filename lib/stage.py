@@ -123,7 +123,7 @@ class Stage:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.seconds: dict[str, float] = {}  # that each stage took, now or in an earlier run
+        self.seconds = {}  # of each stage, now or in an earlier run
 
     def __call__(self, name: str, function: Callable, *args: object):
         key, path = stage_key(function, args), self.folder / f"{name}.pt"

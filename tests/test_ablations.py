@@ -48,7 +48,7 @@ def completions() -> tuple[Preferences, data.Dataset, dict]:
     prompt = torch.arange(n).repeat_interleave(3)
     zeros = torch.zeros(3 * n, T)
     made = Preferences(ids.repeat(n, 1), mask.repeat(n, 1), zeros, prompt, pairs, torch.ones(3 * n))
-    dataset = data.Dataset(data.toy_tokens(), [], [], reward=data.WordReward(data.WEIGHT))
+    dataset = data.Dataset(data.toy_tokens(), [], [], [], reward=data.WordReward(data.WEIGHT))
     torch.manual_seed(0)
     return made, dataset, to_checkpoint(GPT(GPTConfig(end + 1, 24, 1, 2, 16)), tokens)
 

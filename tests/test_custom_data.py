@@ -101,7 +101,7 @@ def test_shared_responses_are_one_row_and_every_pair_is_kept():
     assert preferences.ref_logps.shape == preferences.ids.shape
 
     pi_ref = load_gpt(tiny.checkpoint(), CPU)
-    dataset = data.Dataset(TOKENS, [], [], pairs=preferences, eval_pairs=preferences)
+    dataset = data.Dataset(TOKENS, [], [], [], pairs=preferences, eval_pairs=preferences)
     scored, again = with_ref_logps(dataset, tiny.checkpoint(), CPU)
     assert torch.equal(scored.ref_logps, again.ref_logps)
     expected = dpo.response_logps(pi_ref, preferences.ids, preferences.mask)

@@ -16,6 +16,7 @@ import torch
 import data
 import dpo
 import train
+from beyond import page
 from lib import stage
 from lib.stage import Stage, stage_key
 import tiny
@@ -163,7 +164,6 @@ DEPENDENTS = {  # all stages of the toy run that depend on a definition
     "Monitor": DPO,
     "fast_response_logps": MODEL,  # and completions, by way of `Inference`
     "fraction_of_optimal": EVAL,
-    "write_results": [],
     "load_pairs": [],
     "parse": [],
     "run": [],
@@ -199,8 +199,8 @@ def keys_with(run, **settings) -> dict[str, str]:
 
     stage.seconds, stage.folder = {}, Path()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("write_results", "draw"):
-            patch.setattr(train.report, name, lambda *args: None)
+        for name in ("write_results", "write_page"):
+            patch.setattr(page, name, lambda *args: None)
         patch.setattr(train, "Stage", lambda folder: stage)  # of the IMDb reviews
         train.run(dataclasses.replace(run.cfg, **settings), stage, CPU)
     return keys

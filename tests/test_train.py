@@ -21,8 +21,8 @@ import data
 import dpo
 import tiny
 import train
-from beyond import page
-from lib.checkpoint import load_gpt, read_checkpoint, resize_context, to_checkpoint
+from beyond import gpt2, page
+from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
 from lib.inference import collate, compute_logps
 from lib.io import BadInput
 from model import GPT, GPTConfig
@@ -377,7 +377,7 @@ def test_frozen_blocks_and_embeddings_stay_those_of_pi_ref(toy):
 
 
 def test_the_context_of_a_checkpoint_can_be_changed():
-    cut, same, longer = (resize_context(tiny.checkpoint(), n) for n in (10, 24, 30))
+    cut, same, longer = (gpt2.resize_context(tiny.checkpoint(), n) for n in (10, 24, 30))
     ids = torch.randint(0, 256, (2, 10))
     logits = [load_gpt(c, CPU)(ids) for c in (cut, same, longer)]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2])
