@@ -51,16 +51,16 @@ def forward_flops(c: GPTConfig, T: int) -> int:
 def training_flops(c: GPTConfig, T: int, checkpointing: bool = True) -> int:
     """3 forward passes: the backward pass has two products for each of the forward pass.
 
-    With checkpointing, the blocks compute their forward pass once more.
+    With checkpointing, the blocks compute their forward pass once more. Not counted: attention that
+    keeps no probabilities computes them again, 2 C T^2 for each block.
     """
     again = forward_flops(c, T) - 2 * c.vocab_size * c.n_embd * T if checkpointing else 0
     return 3 * forward_flops(c, T) + again
 
 
-def block_activations(c: GPTConfig, T: int, width: int = BF16, fused: bool = True) -> int:
-    """What a block keeps of a row for its backward pass: 16 C T numbers, and without fused
-    attention n_head T^2 probabilities. width: bytes of a number."""
-    return width * (16 * c.n_embd * T + (0 if fused else c.n_head * T * T))
+def block_activations(c: GPTConfig, T: int, width: int = BF16) -> int:
+    """What a block keeps of a row for its backward pass: 16 C T numbers of `width` bytes."""
+    return width * 16 * c.n_embd * T
 
 
 def activations(c: GPTConfig, T: int) -> int:
