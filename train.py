@@ -52,8 +52,8 @@ class Config:
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)
     shape: tuple = flag((2, 4, 64))  # blocks, heads and width of a model with random weights
-    reviews: int = flag(10_000, "reviews to fine-tune pi_ref on", 1)
-    sft_steps: int | None = flag(300, "steps of SFT; own: 3 epochs", 0)
+    reviews: int = flag(12_000, "reviews to fine-tune pi_ref on", 1)
+    sft_steps: int | None = flag(375, "steps of SFT; own: 3 epochs", 0)
     sft_batch_size: int = flag(32)
     prompts: int = flag(5_000, "prompts to collect preferences on", 1)
     completions: int = flag(4, "completions per prompt", 2)
@@ -64,7 +64,7 @@ class Config:
     batch_size: int = flag(64, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
     ref_samples: int = flag(256, "samples of pi_ref per prompt", 16)
-    eval_samples: int = flag(64, "samples of pi_theta per prompt", 1)
+    eval_samples: int = flag(96, "samples of pi_theta per prompt", 1)
     # fmt: on
 
 
