@@ -10,7 +10,6 @@ that lower it are red with a dotted underline.
 
 import base64
 import dataclasses
-import io
 import json
 import platform
 import re
@@ -93,10 +92,10 @@ def tag(name: str, content: str, **attributes: str) -> str:
     return f"<{name}{text}>{content}</{name}>"
 
 
-def figure(drawing: Figure, caption: str) -> str:
-    """A drawing as a PNG in the page, which scrolls sideways on a narrow screen if it must."""
-    drawing.savefig(buffer := io.BytesIO(), format="png", dpi=110)
-    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def figure(drawing: Figure, path: Path, caption: str) -> str:
+    """Save a drawing as a PNG, and put it in the page, which scrolls sideways if it must."""
+    drawing.savefig(path, dpi=120)
+    source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     image = f'<img src="{source}" alt="{escape(caption)}">'
     if drawing.get_figwidth() > 10:
         image = tag("div", image, class_="wide")
@@ -322,20 +321,22 @@ def samples_text(prompts: list[str], samples: dict[str, dict], width: int = 38) 
 # ------------------------------------------------- the page
 
 
-def page(results: dict, reward: Reward | None) -> str:
+def page(out: Path, results: dict, reward: Reward | None) -> str:
+    """The page. Writes figure.png and curves.png, too."""
     points, known = results["points"], bool(results["frontier"])
     caption = "Gain in true reward" if known else "Accuracy on held-out pairs"
     about = {"reference": results["reference"], "training pairs": results["pairs"]}
     about |= {"machine": results["machine"], "seconds": results["seconds"]}
+    frontier, curves = draw_frontier(results), draw_curves(results["curves"])
     body = [
         tag("h1", escape(title(results["config"]))),
         *(tag("p", escape(line)) for line in summary(results).splitlines()[1 + len(points) :]),
-        figure(draw_frontier(results), f"{caption} against KL from pi_ref, for each beta."),
+        figure(frontier, out / "figure.png", f"{caption} against KL from pi_ref, for each beta."),
         tag("h2", "Results"),
         points_table(points),
         "<p>Rewards and KL are in nats per response. The exact value is in each cell's title.</p>",
         tag("h2", "Training"),
-        figure(draw_curves(results["curves"]), "Metrics of each step, with a running mean."),
+        figure(curves, out / "curves.png", "Metrics of each step, with a running mean."),
         tag("h2", "Samples"),
         colour_key(reward),
         samples(results, reward),
@@ -426,10 +427,8 @@ def write_page(out: Path) -> str:
     """
     with open_user_file(out / "results.json", "the results of a run"):
         results = json.loads((out / "results.json").read_text("utf-8"))
-        draw_frontier(results).savefig(out / "figure.png", dpi=120)
-        content = page(results, true_reward(out) if results["frontier"] else None)
+        content = page(out, results, true_reward(out) if results["frontier"] else None)
         atomic_write(out / "report.html", content.encode())
-        draw_curves(results["curves"]).savefig(out / "curves.png", dpi=120)
         text = samples_text(results["prompts"], results["samples"])
         atomic_write(out / "samples.txt", text.encode())
         return summary(results)
