@@ -16,4 +16,5 @@ for seed in 0 1 2; do
     python -m beyond.figure2 --seed $seed --out results/figure2-$seed
 done
 python -m beyond.figure2 --summary results/figure2-[0-9]   # the tables of results/figure2.md
+python -m beyond.explain --summary results/explain-[0-9]   # results/explain.md
 python -m beyond.ablations --out results/ablations
