@@ -117,7 +117,8 @@ BAD_FLAGS = {  # pitfall 29: an unknown or unusable flag is an error
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but the empty lock."""
-    files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    files = {str(path): path.read_bytes() for path in paths}
     return {path: content for path, content in files.items() if content}
 
 
