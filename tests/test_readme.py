@@ -10,7 +10,8 @@ import pytest
 
 import dpo
 import train
-from beyond import page
+from beyond import common, page
+from beyond.explain import fractions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,22 @@ def test_tables_are_computed_from_results(dataset):
     if not results(dataset):
         pytest.skip(f"no results/{dataset}-*")
     assert "\n".join(table(dataset)) in README
+
+
+def test_the_fractions_of_dpo_and_ppo_are_those_of_their_results():
+    """beyond/README.md, from results/explain.md"""
+    text = " ".join((ROOT / "beyond/README.md").read_text(encoding="utf-8").split())
+    lines = (ROOT / "results/explain.md").read_text(encoding="utf-8").splitlines()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:5] == "| PPO"
+    ]
+    assert len(rows) == 5
+    assert all(row[2] in text for row in rows)  # the fractions
+    for row in rows[1:4]:  # the differences at 1,000 prompts
+        assert all(number in text for number in re.findall(r"[+-]\d\.\d+", row[-2]))
+    runs, class_ = results("explain"), "PPO, bag of tokens"
+    gained = [fractions(run, class_, 1000) - fractions(run, "PPO", 1000) for run in runs]
+    assert all(n in text for n in re.findall(r"[+-]\d\.\d+", common.interval_cell(gained)))
 
 
 def test_the_judges_table_is_that_of_its_results():
