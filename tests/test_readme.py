@@ -10,8 +10,7 @@ import pytest
 
 import dpo
 import train
-from beyond import common, page
-from beyond.explain import fractions
+from beyond import common, explain, page
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,7 +66,8 @@ def test_the_fractions_of_dpo_and_ppo_are_those_of_their_results():
     for row in rows[1:4]:  # the differences at 1,000 prompts
         assert all(number in text for number in re.findall(r"[+-]\d\.\d+", row[-2]))
     runs, class_ = results("explain"), "PPO, bag of tokens"
-    gained = [fractions(run, class_, 1000) - fractions(run, "PPO", 1000) for run in runs]
+    pairs = [[explain.fractions(run, m, 1000) for m in (class_, "PPO")] for run in runs]
+    gained = [a - b for a, b in pairs]
     assert all(n in text for n in re.findall(r"[+-]\d\.\d+", common.interval_cell(gained)))
 
 
