@@ -291,9 +291,6 @@ def published(source: str) -> dict:
     raise BadInput(f"{source}: is not a checkpoint, a folder, or one of {', '.join(PUBLISHED)}")
 
 
-# ------------------------------------------------- the command line
-
-
 def resize_context(checkpoint: dict, context: int) -> dict:
     """Change the context. New positions start as zero vectors."""
     weight = checkpoint["weights"]["wpe.weight"]
@@ -303,6 +300,9 @@ def resize_context(checkpoint: dict, context: int) -> dict:
     config = checkpoint["config"] | {"context": context}
     weights = checkpoint["weights"] | {"wpe.weight": weight}
     return checkpoint | {"config": config, "weights": weights}
+
+
+# ------------------------------------------------- the command line
 
 
 def convert(source: str, out: Path | None) -> str:
