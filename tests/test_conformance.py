@@ -34,7 +34,7 @@ def first_failure(module, examples: int) -> conformance.Result | None:
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.function.__name__)
 def test_wrong_implementation_is_diagnosed(case):
     """One mistake  =>  the first failing statement names it, with its pitfall.  pitfall 32"""
-    diagnosis = first_failure(SimpleNamespace(**{case.offer: case.function}), 20)
+    diagnosis = first_failure(SimpleNamespace(**{case.offer: case.function}), 12)
     assert diagnosis, "no statement fails"
     assert diagnosis.name == f"test_{case.theorem}"
     assert diagnosis.theorem.mistake.pitfall == case.pitfall
@@ -43,7 +43,7 @@ def test_wrong_implementation_is_diagnosed(case):
 @pytest.mark.parametrize("name", CORRECT)
 def test_correct_implementation_passes(name):
     """Correct, in another style or in float32 only  =>  no statement fails"""
-    results = run(CORRECT[name], 60)
+    results = run(CORRECT[name], 20)
     assert [(r.name, r.error) for r in results if r.outcome == "fails"] == []
     assert any(r.outcome == "holds" for r in results)
 
