@@ -375,7 +375,7 @@ def draw(results: dict) -> Figure:
         ax.plot(x, [y] * len(x), "-", color="0.8", zorder=0)
         for i, (fraction, kl) in enumerate(zip(x, kls, strict=True)):
             ax.plot(fraction, y, "o", color=colour, mfc=colour if i == 0 else "white")
-            style = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            style = {"xytext": (0, (5, -11)[i]), "textcoords": "offset points", "ha": "center"}
             ax.annotate(f"{kl:.1f}", (fraction, y), color="0.5", fontsize=7, **style)
         if y + 1 == len(order) or family(order[y + 1]) != family(name):
             ax.text(
@@ -388,7 +388,7 @@ def draw(results: dict) -> Figure:
     ax.set_yticks(range(len(order)), order)
     ax.set(xlabel="gain divided by the largest gain at the same KL (small numbers: KL, nats)")
     ax.set(ylim=(-0.7, len(order) + 0.1), title=title(results))
-    ax.legend(loc="lower left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

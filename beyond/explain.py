@@ -139,8 +139,9 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
         for method, (make_reward, model, accuracy) in models.items():
             for beta in cfg.beta:
                 name = f"{method.replace(', ', '-').replace(' ', '-').lower()}-{n}-{beta:g}"
-                args = e.reference, some, figure2.ppo_config(cfg, beta), cfg.seed, device
-                policy = stage(name, figure2.train_ppo, make_reward, model, *args)
+                args = common.prompts_of(some), (some.ids, some.mask), figure2.ppo_config(cfg, beta)
+                args = make_reward, model, e.reference, *args, cfg.seed, device
+                policy = stage(name, figure2.train_ppo, *args)
                 evaluate(method, n, beta, name, policy, accuracy)
     rows = [
         one | {"reward_accuracy": accuracy} | common.kept(point) for one, accuracy, point in points

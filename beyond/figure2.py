@@ -37,7 +37,7 @@ import dpo
 import train
 from beyond import common, ppo
 from beyond.common import Experiment
-from beyond.pairs import Reward
+from beyond.pairs import Ids, Reward
 from beyond.ppo import PPOConfig, ValueModel
 from data import Dataset, load_tokenizer
 from dpo import Preferences, pair_logps
@@ -168,26 +168,28 @@ def train_ppo(
     make_reward,
     source: object,
     reference: dict,
-    preferences: Preferences,
+    prompts: list[Ids],
+    completions: tuple[Tensor, Tensor],
     config: PPOConfig,
     seed: int,
     device: torch.device,
 ) -> dict:
-    """PPO from pi_ref on the prompts of the preferences. Returns its checkpoint, with "curves".
+    """PPO from pi_ref. Returns its checkpoint, with "curves".
 
-    make_reward: (source, reference, device) -> reward and critic. The reward is scaled to mean 0
-    and variance 1 under pi_ref, and so is beta: config.beta is in nats of r, as in Eq. 3.
+    make_reward: (source, reference, device) -> reward and critic. completions: ids and mask (R, T)
+    of pi_ref's. On 2,000 of them the reward is scaled to mean 0 and variance 1, and so is beta:
+    config.beta is in nats of r, as in Eq. 3.
     """
     pi_ref = load_gpt(reference, device).requires_grad_(False)
     end = load_tokenizer(reference["tokens"]).eot_token
     reward, critic = make_reward(source, reference, device)
-    r = torch.cat([reward(*rows) for rows in some_rows(preferences)])
+    batches = zip(*(rows[:2000].split(250) for rows in completions), strict=True)
+    r = torch.cat([reward(*batch) for batch in batches])
     mean, std = r.mean(), r.std()
 
     def scaled(ids: Tensor, mask: Tensor) -> Tensor:
         return (reward(ids, mask) - mean) / std
 
-    prompts = common.prompts_of(preferences)
     config = replace(config, beta=config.beta / std.item())
     steps = ppo.ppo(pi_ref, critic, prompts, scaled, end, config, seed)
     curves = []
@@ -196,12 +198,6 @@ def train_ppo(
     if not all(p.isfinite().all() for p in pi_theta.parameters()):
         raise BadInput("PPO diverged: lower --ppo-lr")
     return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
-
-
-def some_rows(preferences: Preferences) -> list[tuple[Tensor, Tensor]]:
-    """2,000 completions of pi_ref, in batches."""
-    ids, mask = preferences.ids[:2000], preferences.mask[:2000]
-    return list(zip(ids.split(250), mask.split(250), strict=True))
 
 
 # ------------------------------------------------- the sweep
@@ -239,12 +235,13 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
         "PPO": (learned, reward_model, cfg.ppo_beta),
         "PPO-GT": (given, e.dataset, cfg.gt_beta),
     }
+    given_to_ppo = e.reference, e.dataset.prompts, e.completions[:2]
     for method in (name for name in rewards if name in cfg.methods):
         make_reward, source, betas = rewards[method]
         for beta in betas:
             one = {"method": method, "beta": beta}
-            name, args = name_of(one), (e.reference, e.preferences, ppo_config(cfg, beta))
-            policy = stage(name, train_ppo, make_reward, source, *args, cfg.seed, device)
+            name, args = name_of(one), (ppo_config(cfg, beta), cfg.seed, device)
+            policy = stage(name, train_ppo, make_reward, source, *given_to_ppo, *args)
             points.append((one, name, common.evaluated(stage, name, e, policy)))
     rows = [one | cost(one, name, e, stage) | common.kept(p) for one, name, p in points]
     results = common.about(e) | {"grid": GRID, "points": rows}

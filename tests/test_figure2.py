@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from beyond import explain, figure2
+from beyond import common, explain, figure2
 from beyond.ppo import PPOConfig
 from dpo import Preferences
 from lib.checkpoint import to_checkpoint
@@ -198,8 +198,9 @@ def test_ppo_s_beta_is_in_nats_of_the_reward():
     curves = []
     for scale in (1.0, 10.0):
         config = PPOConfig(iterations=2, batch_size=8, beta=0.3 * scale)
-        args = make, scale, checkpoint(), two_words(), config, 0, CPU
-        curves.append(figure2.train_ppo(*args)["curves"])
+        some = two_words()
+        args = common.prompts_of(some), (some.ids, some.mask), config, 0, CPU
+        curves.append(figure2.train_ppo(make, scale, checkpoint(), *args)["curves"])
     for one, ten in zip(*curves, strict=True):
         assert one == pytest.approx(ten, rel=0.05, abs=1e-3)
     std = two_words().ids.eq(300).any(1).float().std().item()
