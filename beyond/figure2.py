@@ -235,7 +235,8 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
         "PPO": (learned, reward_model, cfg.ppo_beta),
         "PPO-GT": (given, e.dataset, cfg.gt_beta),
     }
-    given_to_ppo = e.reference, e.dataset.prompts, e.completions[:2]
+    completions = e.preferences.ids, e.preferences.mask
+    given_to_ppo = e.reference, common.prompts_of(e.preferences), completions
     for method in (name for name in rewards if name in cfg.methods):
         make_reward, source, betas = rewards[method]
         for beta in betas:
