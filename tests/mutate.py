@@ -200,24 +200,16 @@ def in_order(mutant: Mutant, offered: dict) -> list[tuple]:
 
 
 def cases(module: types.ModuleType, offered: dict) -> Iterator[tuple]:
-    """The tests of a module with their arguments: offered functions and parameters."""
+    """The tests of a module with their arguments: offered functions, and one parameter or none."""
     for name, test in list(vars(module).items()):
         if not name.startswith("test_"):
             continue
         needed = set(inspect.signature(test).parameters)
         marks = [mark.args for mark in getattr(test, "pytestmark", [])]
-        choices = [dict(zip(split(names), each(v), strict=True)) for names, vs in marks for v in vs]
+        choices = [{parameter: value} for parameter, values in marks for value in values]
         for choice in choices or [{}]:
             if needed - set(choice) <= set(offered):
                 yield test, {key: offered[key] for key in needed - set(choice)} | choice
-
-
-def split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",")]
-
-
-def each(values) -> tuple:
-    return values if isinstance(values, tuple) else (values,)
 
 
 def in_fork(mutant: Mutant, examples: int) -> str | None:

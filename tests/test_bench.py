@@ -59,9 +59,7 @@ def test_all_implementations_take_the_same_step(run):
         rows = [r for r in results["rows"] if (r["what"], r["dtype"]) == ("DPO step", dtype)]
         losses = [row["loss"] for row in rows]
         tolerance = 1e-5 if dtype == "float32" else 1e-3
-        assert len(losses) >= 2 and losses == pytest.approx(
-            [losses[0]] * len(losses), abs=tolerance
-        )
+        assert len(losses) >= 2 and max(losses) - min(losses) <= tolerance
         assert abs(losses[0] - math.log(2)) > 1e-3
 
 
@@ -104,11 +102,8 @@ def test_pairs_are_those_of_completions_of_one_prompt_that_end():
     assert torch.equal(batch.ref_logps, expected)
 
 
-@pytest.mark.parametrize(
-    "flags", [["--repetitions", "0"], ["--repetitions", "x"], ["--data", "imdb"]]
-)
-def test_a_wrong_flag_is_one_line(flags, capsys):
+def test_a_wrong_flag_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.main(flags)
+        bench.main(["--repetitions", "0"])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and flags[0] in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and "--repetitions" in error and error.count("\n") == 1

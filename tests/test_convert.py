@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beyond import convert
+from tiny import lines
 
 
 def messages(*contents: str) -> list[dict]:
@@ -24,15 +25,9 @@ CONVERSATION = dict(
 )
 WHOLE = dict(chosen=messages("Hi!", "Hello."), rejected=messages("Hi!", "What?"))
 TRANSCRIPTS = {name: GREETING["prompt"] + GREETING[name] for name in ("chosen", "rejected")}
-SCORES = dict(
-    prompt="The plot", completions=[" drags.", " shines.", " is odd."], scores=[-1, 2.5, 0]
-)
-INSIDE = dict(
-    prompt="The plot",
-    completions=[
-        dict(text=y, score=r) for y, r in zip(SCORES["completions"], SCORES["scores"], strict=True)
-    ],
-)
+RATED = {" drags.": -1, " shines.": 2.5, " is odd.": 0}
+SCORES = dict(prompt="The plot", completions=list(RATED), scores=list(RATED.values()))
+INSIDE = dict(prompt="The plot", completions=[dict(text=y, score=r) for y, r in RATED.items()])
 ULTRAFEEDBACK = dict(
     instruction="Hi!",
     completions=[
@@ -41,10 +36,6 @@ ULTRAFEEDBACK = dict(
     ],
 )
 ROWS = [PAIR, CONVERSATION, WHOLE, TRANSCRIPTS, SCORES, ULTRAFEEDBACK]
-
-
-def lines(*rows) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def read_pairs(path) -> list[dict]:
@@ -79,7 +70,7 @@ def converted(tmp_path, capsys):
     ],
 )
 def test_each_format_is_recognised_and_converted(row, name, expected, converted):
-    pairs, said = converted(lines(row, row), "--labels", "argmax")
+    pairs, said = converted(lines([row, row]), "--labels", "argmax")
     assert pairs == [expected, expected]
     dropped = "dropped: 0 pairs of identical completions, 0 ties"
     assert said == [f"in: JSON lines, 2 x {name}", f"2 pairs; {dropped}"]
@@ -87,7 +78,7 @@ def test_each_format_is_recognised_and_converted(row, name, expected, converted)
 
 @pytest.mark.parametrize("row", [SCORES, INSIDE])
 def test_argmax_prefers_the_higher_score_in_every_pair(row, converted):
-    pairs, _ = converted(lines(row), "--labels", "argmax")
+    pairs, _ = converted(lines([row]), "--labels", "argmax")
     found = [(pair["chosen"], pair["rejected"]) for pair in pairs]
     assert found == [(" shines.", " drags."), (" is odd.", " drags."), (" shines.", " is odd.")]
     assert {pair["prompt"] for pair in pairs} == {"The plot"}
@@ -96,7 +87,7 @@ def test_argmax_prefers_the_higher_score_in_every_pair(row, converted):
 def test_speakers_and_turns_are_kept_apart(converted):
     prompt = [dict(role="system", content="Be kind."), *messages("Hi!", "Hello.", "Tea?")]
     chosen, rejected = messages("", "Yes.", "Milk?", "No.")[1:], messages("", "No.")[1:]
-    pairs, _ = converted(lines(dict(prompt=prompt, chosen=chosen, rejected=rejected)))
+    pairs, _ = converted(lines([dict(prompt=prompt, chosen=chosen, rejected=rejected)]))
     asked = "\n\nSystem: Be kind.\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Tea?\n\nAssistant:"
     answer = " Yes.\n\nHuman: Milk?\n\nAssistant: No."
     assert pairs == [dict(prompt=asked, chosen=answer, rejected=" No.")]
@@ -107,42 +98,34 @@ def test_speakers_and_turns_are_kept_apart(converted):
     [
         (" I think so.", " I think not."),  # the shared words belong to the responses
         (" I", " I\n\nAssistant: think."),
-        (" Yes.\n\nAssistant: No.", " Yes, no."),
-        (" Yes.", " No.\n\nHuman: Why?\n\nAssistant: So."),
         (" A.\n\nHuman: B", " A.\n\nHuman: C\n\nAssistant: D"),
     ],
 )
 def test_transcripts_are_split_at_the_last_turn_they_share(y_w, y_l, converted):
     prompt = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Is it good?\n\nAssistant:"
-    pairs, _ = converted(lines(dict(chosen=prompt + y_w, rejected=prompt + y_l)))
+    pairs, _ = converted(lines([dict(chosen=prompt + y_w, rejected=prompt + y_l)]))
     assert pairs == [dict(prompt=prompt, chosen=y_w, rejected=y_l)]
 
 
-@pytest.mark.parametrize("gap", [-1.5, 0.0, 0.4, 3.0])
-def test_labels_follow_bradley_terry(gap, converted):
+@pytest.mark.parametrize("scores", [[5.5, 7], [7.4, 7], [-1.7e308, 1.7e308]])
+def test_labels_follow_bradley_terry(scores, converted):
     """y_1 wins with probability sigmoid(r_1 - r_2), within 4 standard errors of 4,000 labels."""
-    row, n = dict(prompt="x", completions=["1", "2"], scores=[7 + gap, 7]), 4000
-    pairs, _ = converted(lines(row) * n)
-    p, wins = 1 / (1 + math.exp(-gap)), sum(pair["chosen"] == "1" for pair in pairs)
-    assert abs(wins / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+    row, n = dict(prompt="x", completions=["1", "2"], scores=scores), 4000
+    pairs, _ = converted(lines([row] * n))
+    p, wins = 1 / (1 + math.exp(scores[1] - scores[0])), sum(y["chosen"] == "1" for y in pairs)
+    assert abs(wins / n - p) <= 4 * math.sqrt(p * (1 - p) / n)
 
 
 def test_labels_depend_on_the_seed_only(converted):
-    content = lines(*[SCORES | dict(scores=[0, 0, 0])] * 20)
-    assert (
-        converted(content) == converted(content, "--seed", "0") != converted(content, "--seed", "1")
-    )
-
-
-def test_huge_scores_give_certain_labels(converted):
-    row = dict(prompt="x", completions=["1", "2"], scores=[-1.7e308, 1.7e308])
-    assert {pair["chosen"] for pair in converted(lines(row) * 50)[0]} == {"2"}
+    content = lines([SCORES | dict(scores=[0, 0, 0])] * 20)
+    first, again, other = (converted(content, "--seed", seed) for seed in "001")
+    assert first == again != other
 
 
 def test_dropped_pairs_are_counted(converted):
     """Scores 1, 1, 1, 0 of a, a, b, c => 1 pair of identical completions, 2 ties, 3 pairs."""
     row = dict(prompt="x", completions=["a", "a", "b", "c"], scores=[1, 1, 1, 0])
-    pairs, said = converted(lines(row, row), "--labels", "argmax")
+    pairs, said = converted(lines([row, row]), "--labels", "argmax")
     assert len(pairs) == 6
     assert said[1] == "6 pairs; dropped: 2 pairs of identical completions, 4 ties"
 
@@ -151,102 +134,62 @@ def test_dropped_pairs_are_counted(converted):
 
 
 def test_arrays_and_lines_give_the_same_pairs(converted):
-    expected, said = converted(lines(*ROWS))
-    assert said[0].endswith(
-        "1 x pair, 1 x conversation, 1 x conversations, 1 x transcripts, 2 x scores"
-    )
+    expected, said = converted(lines(ROWS))
+    formats = "1 x pair, 1 x conversation, 1 x conversations, 1 x transcripts, 2 x scores"
+    assert said[0].endswith(formats)
     array, said = converted(b"\xef\xbb\xbf\r\n " + json.dumps(ROWS, indent=1).encode())
     assert array == expected and said[0].startswith("in: JSON array, 1 x pair")
-    assert converted(b"\xef\xbb\xbf" + lines(*ROWS).replace(b"\n", b"\r\n\r\n"))[0] == expected
-    assert converted(lines(*expected))[0] == expected
+    assert converted(b"\xef\xbb\xbf" + lines(ROWS).replace(b"\n", b"\r\n\r\n"))[0] == expected
+    assert converted(lines(expected))[0] == expected
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_csv_files_are_read(separator, converted):
-    rows = [
-        ["id", "prompt", "chosen", "rejected"],
-        ["1", "The plot", ' "shines",\nit; does', " no"],
-    ]
-    quoted = [[f'"{cell.replace(chr(34), 2 * chr(34))}"' for cell in row] for row in rows]
-    content = "\r\n".join(separator.join(row) for row in quoted).encode()
-    pairs, said = converted(content)
+    header = '"id"', '"prompt"', '"chosen"', '"rejected"'
+    row = '"1"', '"The plot"', '" ""shines"",\nit; does"', '" no"'
+    content = f"{separator.join(header)}\r\n{separator.join(row)}"
+    pairs, said = converted(content.encode())
     assert pairs == [dict(prompt="The plot", chosen=' "shines",\nit; does', rejected=" no")]
     assert said[0] == "in: CSV, 1 x pair"
 
 
-def changed(row: dict, **changes) -> bytes:
-    """A good line, and a row that is not."""
-    return lines(PAIR, row | changes)
+BAD_FILES = [  # the file, what the line says after its name
+    (b"", ": JSON lines, no rows; no pairs"),
+    (lines([PAIR]) + b'{"prompt": \n', ", line 2: is not JSON (Expecting value"),
+    (b"[" + lines([PAIR]), ": is not JSON ("),
+    (b'{"a":' * 100_000, ", line 1: is not JSON ("),
+    (b'{"prompt": "\xff"}', ": is not UTF-8 text (byte 12)"),
+    (b"[1]", ", item 1: is not an object"),
+    (b"a,b\n1,2\n", ", row 1: has no known format (a: str, b: str)"),
+    (lines([SCORES | dict(scores=[1, 1, 1])]), ": JSON lines, 1 x scores; no pairs (0 pairs"),
+]
+BAD_ROWS = [  # a format, what is changed, what the line says after the row's place
+    (PAIR, dict(chosen=None), "has no known format (prompt: str, chosen:"),
+    (PAIR, dict(prompt=" \n"), "prompt is missing, empty"),
+    (PAIR, dict(chosen=" drags."), "chosen and rejected are identical"),
+    (PAIR, dict(chosen="\ud83d"), "chosen contains half of"),
+    (CONVERSATION, dict(prompt=[]), "prompt is missing, empty"),
+    (CONVERSATION, dict(chosen=["Hi"]), "chosen has a message with"),
+    (CONVERSATION, dict(prompt=[dict(role="tool")]), "prompt has a message with the role 'tool'"),
+    (CONVERSATION, dict(prompt=[dict(role=[])]), "prompt has a message with the role []"),
+    (CONVERSATION, dict(rejected=[dict(role="assistant")]), "a message of rejected is missing"),
+    (CONVERSATION, dict(chosen=messages("a")), "chosen and rejected must begin with a message"),
+    (WHOLE, dict(chosen=messages("Ho!", "Hello.")), "chosen and rejected must begin with the same"),
+    (TRANSCRIPTS, dict(rejected=GREETING["prompt"]), "rejected is missing"),
+    (SCORES, dict(completions=[" a", "", " b"]), "a completion is missing"),
+    (SCORES, dict(scores=[1, 2]), "needs 3 scores"),
+    (SCORES, dict(scores=3), "needs 3 scores"),
+    (SCORES, dict(scores=[1, 10**400, 2]), "a score is missing"),
+    (SCORES, dict(scores=[1, "2", 3]), "a score is missing"),
+    (INSIDE, dict(completions=["a", "b"]), "a score is missing"),
+    (SCORES, dict(prompt=None), "a message of prompt and instruction is missing"),
+]
+BAD = [(lines([PAIR, row | changes]), f", line 2: {says}") for row, changes, says in BAD_ROWS]
+BAD += BAD_FILES
 
 
-BAD = {  # what is wrong: the file, and what the line says after its name
-    "empty": (b"", ": JSON lines, no rows; no pairs"),
-    "empty array": (b"[]", ": JSON array, no rows; no pairs"),
-    "not JSON": (lines(PAIR) + b'{"prompt": \n', ", line 2: is not JSON (Expecting value"),
-    "array not closed": (b"[" + lines(PAIR), ": is not JSON ("),
-    "nested": (b'{"a":' * 100_000, ", line 1: is not JSON ("),
-    "not UTF-8": (b'{"prompt": "\xff"}', ": is not UTF-8 text (byte 12)"),
-    "not an object": (b"[1]", ", item 1: is not an object"),
-    "CSV without columns": (b"a,b\n1,2\n", ", row 1: has no known format (a: str, b: str)"),
-    "no chosen": (
-        changed(PAIR, chosen=None),
-        ", line 2: has no known format (prompt: str, chosen:",
-    ),
-    "a number": (changed(PAIR, chosen=3), ", line 2: has no known format"),
-    "blank prompt": (changed(PAIR, prompt=" \n"), ", line 2: prompt is missing, empty"),
-    "empty chosen": (changed(PAIR, chosen=""), ", line 2: chosen is missing, empty"),
-    "identical": (changed(PAIR, chosen=" drags."), ", line 2: chosen and rejected are identical"),
-    "half a character": (changed(PAIR, chosen="\ud83d"), ", line 2: chosen contains half of"),
-    "no messages": (changed(CONVERSATION, prompt=[]), ", line 2: prompt is missing, empty"),
-    "text in a list": (changed(CONVERSATION, chosen=["Hi"]), ", line 2: chosen has a message with"),
-    "role": (
-        changed(CONVERSATION, prompt=[dict(role="tool", content="a")]),
-        ", line 2: prompt has a message with the role 'tool', not ['user',",
-    ),
-    "role is a list": (
-        changed(CONVERSATION, prompt=[dict(role=[])]),
-        ", line 2: prompt has a message",
-    ),
-    "no content": (
-        changed(CONVERSATION, rejected=[dict(role="assistant")]),
-        ", line 2: a message of rejected is missing",
-    ),
-    "user answers": (
-        changed(CONVERSATION, chosen=messages("a")),
-        ", line 2: chosen and rejected must begin with a message of the assistant",
-    ),
-    "nothing shared": (
-        changed(WHOLE, chosen=messages("Ho!", "Hello.")),
-        ", line 2: chosen and rejected must begin with the same turn",
-    ),
-    "no answer": (
-        changed(TRANSCRIPTS, rejected=GREETING["prompt"]),
-        ", line 2: rejected is missing",
-    ),
-    "an empty completion": (
-        changed(SCORES, completions=[" a", "", " b"]),
-        ", line 2: a completion is missing",
-    ),
-    "too few scores": (changed(SCORES, scores=[1, 2]), ", line 2: needs 3 scores"),
-    "scores are a number": (changed(SCORES, scores=3), ", line 2: needs 3 scores"),
-    "no score": (changed(INSIDE, completions=["a", "b"]), ", line 2: a score is missing"),
-    "NaN": (changed(SCORES, scores=[1, 2, math.nan]), ", line 2: a score is missing"),
-    "too large": (changed(SCORES, scores=[1, 10**400, 2]), ", line 2: a score is missing"),
-    "a score is text": (changed(SCORES, scores=[1, "2", 3]), ", line 2: a score is missing"),
-    "no instruction": (
-        changed(SCORES, prompt=None),
-        ", line 2: a message of prompt and instruction is missing",
-    ),
-    "all tied": (
-        lines(SCORES | dict(scores=[1, 1, 1])),
-        ": JSON lines, 1 x scores; no pairs (0 pairs of identical completions, 3 ties)",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_file_is_one_line_that_names_the_row(what, tmp_path, capsys):
-    content, says = BAD[what]
+@pytest.mark.parametrize("content, says", BAD, ids=[says for _, says in BAD])
+def test_a_bad_file_is_one_line_that_names_the_row(content, says, tmp_path, capsys):
     (tmp_path / "in").write_bytes(content)
     assert convert.main([str(tmp_path / "in"), str(tmp_path / "out"), "--labels", "argmax"]) == 2
     error = capsys.readouterr().err
@@ -258,18 +201,17 @@ def test_a_bad_file_is_one_line_that_names_the_row(what, tmp_path, capsys):
     "source, out, says",
     [
         ("none", "out", "none: cannot be read (No such file"),
-        (".", "out", "cannot be read ("),
         ("in", "in", "in: exists already; choose another name"),
         ("in", "none/out", "No such file"),
     ],
 )
 def test_unusable_paths_are_one_line(source, out, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "in").write_bytes(lines(PAIR))
+    (tmp_path / "in").write_bytes(lines([PAIR]))
     assert convert.main([source, out]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
-    assert (tmp_path / "in").read_bytes() == lines(PAIR)
+    assert (tmp_path / "in").read_bytes() == lines([PAIR])
 
 
 JSON = st.recursive(
@@ -284,7 +226,7 @@ JSON = st.recursive(
 @given(st.sampled_from(ROWS), st.dictionaries(st.sampled_from(list(SCORES | WHOLE)), JSON))
 def test_any_row_gives_pairs_or_one_line(tmp_path, capsys, row, changes):
     """Any JSON in place of any value => pairs that are read again unchanged, or one line."""
-    (tmp_path / "in").write_bytes(lines(row | changes))
+    (tmp_path / "in").write_bytes(lines([row | changes]))
     (tmp_path / "out").unlink(missing_ok=True)
     code = convert.main([str(tmp_path / "in"), str(tmp_path / "out")])
     error = capsys.readouterr().err

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import data
 from beyond.pairs import best_worst
-import dpo
 from tiny import archive
 
 TOKENIZER = data.load_tokenizer(data.toy_tokens())
@@ -28,29 +27,27 @@ def text_of(ids: list[int]) -> str:
 # ------------------------------------------------- the toy dataset
 
 
-def test_reviews_are_seeded_and_diverse():
-    reviews = data.toy_reviews(10_000, 0)
-    assert reviews == data.toy_reviews(10_000, 0) != data.toy_reviews(10_000, 1)
-    assert len(set(reviews)) > 7_000
+def test_reviews_are_seeded_and_use_the_whole_grammar():
+    reviews = data.toy_reviews(5_000, 0)
+    assert reviews == data.toy_reviews(5_000, 0) != data.toy_reviews(5_000, 1)
+    assert len(set(reviews)) > 3_500
+    text = " ".join(reviews)
+    assert text == text.lower() and set(data.WEIGHT) <= set(re.findall("[a-z]+", text))
 
 
-def test_the_grammar_uses_every_weighted_word_and_expands_every_name():
-    text = " ".join(data.toy_reviews(5_000, 0))
-    words = set(re.findall("[a-z]+", text))
-    assert text == text.lower() and set(data.WEIGHT) <= words
-    assert len(data.WEIGHT) == 38 and all(map(math.isfinite, data.WEIGHT.values()))
+def test_toy_tokens_are_bytes_and_the_words_of_the_grammar_and_the_end_token_is_the_last():
+    tokens = data.toy_tokens()
+    assert tokens[:256] == [bytes([b]) for b in range(256)]
+    assert TOKENIZER.n_vocab - 1 == END == len(tokens)
+    assert data.token_bytes(TOKENIZER)[:END] == tokens
+    for review in REVIEWS:
+        words = re.findall(r"[a-z]+|\.", review)
+        assert len(TOKENIZER.encode_ordinary(review)) == len(words)
 
 
 def test_the_toy_reward_is_the_sum_of_the_weights_of_the_words():
     r = REWARD(["the plot is superb. we hated this film.", "the plot is", ""])
     torch.testing.assert_close(r, torch.tensor([1.4 - 1.2, 0.0, 0.0]))
-
-
-def test_toy_tokens_are_bytes_and_the_words_of_the_grammar():
-    assert data.toy_tokens()[:256] == [bytes([b]) for b in range(256)]
-    for review in REVIEWS:
-        words = re.findall(r"[a-z]+|\.", review)
-        assert len(TOKENIZER.encode_ordinary(review)) == len(words)
 
 
 # ------------------------------------------------- the IMDb dataset
@@ -63,20 +60,16 @@ MEMBERS = {
 } | {"aclImdb/train/unsup/0_0.txt": b"no \xff label", "aclImdb/README": b"?"}
 
 
-def test_the_archive_s_reviews_are_in_the_order_of_their_numbers(tmp_path):
+def test_an_archive_is_read_in_the_order_of_its_numbers_and_refused_without_a_part(tmp_path):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(archive(MEMBERS, n=0))
     reviews = data.read_imdb(path)
     assert reviews["train/pos"] == ["train pos 2. A b c.", "train pos 10. A b c."]
     assert reviews["train/unsup"] == ["no \N{REPLACEMENT CHARACTER} label"]
-
-
-@pytest.mark.parametrize("part", ["train/pos", "train/neg", "test/pos", "test/neg"])
-def test_an_archive_without_a_part_is_refused(part, tmp_path):
-    members = {name: text for name, text in MEMBERS.items() if part not in name}
-    (tmp_path / "a.tar.gz").write_bytes(archive(members, n=0))
+    some = {name: text for name, text in MEMBERS.items() if "test/neg" not in name}
+    path.write_bytes(archive(some, n=0))
     with pytest.raises(ValueError, match="expected aclImdb/train/pos"):
-        data.read_imdb(tmp_path / "a.tar.gz")
+        data.read_imdb(path)
 
 
 def test_the_imdb_reward_is_the_sum_of_known_words_over_the_root_of_their_number():
@@ -96,19 +89,10 @@ def test_decoding_inverts_encoding(text):
     assert TOKENIZER.decode(ids) == text and END not in ids
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [[], data.toy_tokens()[1:], [*data.toy_tokens(), b"a"]],
-    ids=["empty", "byte", "twice"],
-)
+@pytest.mark.parametrize("tokens", [data.toy_tokens()[1:], [*data.toy_tokens(), b"a"]])
 def test_a_tokenizer_without_all_bytes_or_with_a_doubled_token_is_refused(tokens):
     with pytest.raises(ValueError, match="256 bytes"):
         data.load_tokenizer(tokens)
-
-
-def test_the_end_token_is_the_last():
-    assert TOKENIZER.n_vocab - 1 == END == len(data.toy_tokens())
-    assert data.token_bytes(TOKENIZER)[:END] == data.toy_tokens()
 
 
 # ------------------------------------------------- openings and prompts
@@ -131,11 +115,9 @@ def test_openings_hold_as_many_sentences_as_fit():
     assert texts == ["the plot was odd. the cast was good.", review]
 
 
-@pytest.mark.parametrize(
-    "review", ["very " * 50 + "long.", "no end to it " * 3, "a. b", "odd.", ""]
-)
-def test_reviews_without_a_usable_first_sentence_are_left_out(review):
-    assert data.openings([review], TOKENIZER, 24) == []
+def test_reviews_without_a_usable_first_sentence_are_left_out():
+    reviews = ["very " * 50 + "long.", "no end to it " * 3, "a. b", "it was odd.", ""]
+    assert data.openings(reviews, TOKENIZER, 24) == []
 
 
 def test_prompts_are_2_to_8_tokens_and_end_where_a_word_does():
@@ -156,6 +138,7 @@ def test_texts_that_are_used_twice_are_kept_apart():
     held_out = [tuple(x) for x in split["eval_prompts"]]
     assert len(set(held_out)) == len(held_out) == 40
     assert not set(held_out) & set(map(tuple, split["prompts"]))
+    assert len(split["prompts"]) <= len(data.openings(REVIEWS[100:200], TOKENIZER, 24))
     seen = {tuple(ids) for ids in data.openings(REVIEWS[:100], TOKENIZER, 24)}
     assert set(map(tuple, split["sft_texts"])) == seen
     with pytest.raises(ValueError, match="too few reviews"):
@@ -246,8 +229,6 @@ def test_rows_are_the_completions_and_prompts_are_consecutive(labels):
     w, l = preferences.pairs.T
     assert torch.equal(preferences.prompt[w], preferences.prompt[l])
     assert set(preferences.pairs.flatten().tolist()) == set(range(len(preferences.ids)))
-    one = preferences.select(torch.tensor([2]))
-    assert set(one.ids[:, 0].tolist()) == {2} and isinstance(one, dpo.Preferences)
 
 
 def test_decoding_rows_gives_prompt_and_response_without_end_and_padding():

@@ -30,24 +30,17 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-LR = {"sgd": 0.01, "adamw": 0.01}
-CASES = [  # optimizer, dtype, "recompute" and --accumulate 2 or "compile", --replicate N
-    ("sgd", torch.float64, "", False),
-    ("adamw", torch.float64, "recompute", False),
-    ("sgd", torch.float64, "", True),
-    ("sgd", torch.float32, "", False),
-    ("sgd", torch.float64, "compile", False),  # with two processes alone: tracing is slow
+LR = 0.01
+CASES = [  # optimizer, dtype, and what is special
+    ("sgd", torch.float32, "nothing"),
+    ("adamw", torch.float64, "recompute"),  # with --accumulate 2
+    ("sgd", torch.float64, "replicate"),  # --replicate N
+    ("sgd", torch.float64, "compile"),  # of two processes, one, as tracing is slow
 ]
-
-
-def cases(N: int) -> list[tuple]:
-    return CASES if N == 2 else CASES[:-1]
-
-
 BATCHES = [*map(torch.tensor, ([4, 0, 5, 2], [6, 1, 2], [3, 1, 6, 0, 5]))]  # uneven shares
+PROMPTS = [[97 + i % 26, 97 + i // 26] for i in range(250)]  # four chunks
 TINY = ("--sft-steps 0 --prompts 120 --completions 3 --eval-prompts 4 --ref-samples 32 "
         "--eval-samples 16 --batch-size 8 --beta 1").split()  # fmt: skip
-FOLDERS = "out", "alone"  # of the killed run, and of one process
 # Without bfloat16, whose rounding would hide differences.
 ENV = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -72,19 +65,18 @@ def preferences(dtype: torch.dtype) -> dpo.Preferences:
     return dpo.Preferences(ids, mask, ref_logps, prompt, pairs, torch.rand(len(pairs), dtype=dtype))
 
 
-def found(pi: GPT, rows: list[dict]) -> dict[str, torch.Tensor]:
+def found(pi: GPT, rows: list[dict]) -> list[torch.Tensor]:
     """Weights, last gradients and metrics after training."""
-    tensors = [(f"{i}", p) for i, p in enumerate(pi.parameters())]
-    tensors += [(f"{i} gradient", p.grad) for i, p in enumerate(pi.parameters())]
-    whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in tensors}
+    tensors = [*pi.parameters(), *(p.grad for p in pi.parameters())]
+    whole = [v.full_tensor() if isinstance(v, DTensor) else v for v in tensors]
     metrics = [[float(row[name]) for name in sorted(row)] for row in rows]
-    return {n: v.detach() for n, v in whole.items()} | {"metrics": torch.tensor(metrics)}
+    return [*(v.detach() for v in whole), torch.tensor(metrics, dtype=torch.float64)]
 
 
-def one_process(optimizer: str, dtype: torch.dtype, *_: object) -> dict:
+def one_process(optimizer: str, dtype: torch.dtype, _: str) -> list[torch.Tensor]:
     """Three steps of `dpo.train` with the schedule of train.py."""
     pi = load_gpt(checkpoint(1), CPU).to(dtype)
-    opt = distributed.OPTIMIZERS[optimizer](pi.parameters(), LR[optimizer])
+    opt = distributed.OPTIMIZERS[optimizer](pi.parameters(), LR)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, linear_warmup_decay(len(BATCHES)))
     rows = []
     for row in dpo.train(pi, preferences(dtype), partial(dpo.dpo, beta=0.7), opt, BATCHES):
@@ -93,28 +85,27 @@ def one_process(optimizer: str, dtype: torch.dtype, *_: object) -> dict:
     return found(pi, rows)
 
 
-def of_many(folder: Path, optimizer: str, dtype: torch.dtype, how: str, replicate: bool) -> dict:
+def of_many(folder: Path, optimizer: str, dtype: torch.dtype, special: str) -> dict:
     """The same steps on a sharded model."""
-    G = dist.get_world_size() if replicate else 1
-    settings = distributed.Settings(accumulate=2 if how == "recompute" else 1)
-    pi = sharded.shard(checkpoint(1), CPU, G, how == "recompute", how == "compile").to(dtype)
-    opt = distributed.OPTIMIZERS[optimizer](pi.parameters(), LR[optimizer])
-    how = opt, BATCHES, LR[optimizer], (settings, folder / "none")
+    G = dist.get_world_size() if special == "replicate" else 1
+    recompute = special == "recompute"
+    compile = special == "compile" and dist.get_rank() == 0
+    settings = distributed.Settings(accumulate=2 if recompute else 1)
+    pi = sharded.shard(checkpoint(1), CPU, G, recompute, compile).to(dtype)
+    opt = distributed.OPTIMIZERS[optimizer](pi.parameters(), LR)
+    how = opt, BATCHES, LR, (settings, folder / "none")
     rows = [*distributed.train_sharded(pi, preferences(dtype), partial(dpo.dpo, beta=0.7), *how)]
     moments = [v for state in opt.state.values() for v in state.values() if isinstance(v, DTensor)]
     kept = {"weights": pi.parameters(), "moments": moments}
     kept["gradients"] = [p.grad for p in pi.parameters()]
     kept = {name: sum(v.to_local().nbytes for v in values) for name, values in kept.items()}
-    return found(pi, rows) | {"bytes": kept}
+    return {"found": found(pi, rows), "bytes": kept}
 
 
-def completions() -> dict:
-    """600 prompts, in ten chunks."""
-    prompts = [[97 + i % 26, 97 + i // 26] for i in range(600)]
-    first = checkpoint(1)
-    reward = data.WordReward({})
-    dataset = data.Dataset(first["tokens"], [], [], prompts=prompts, reward=reward)
-    return train.complete(first, dataset, 1, 0, CPU, sharded.SHARED)
+def completions() -> tuple[torch.Tensor, ...]:
+    first, reward = checkpoint(1), data.WordReward({})
+    dataset = data.Dataset(first["tokens"], [], [], prompts=PROMPTS, reward=reward)
+    return train.complete(first, dataset, 1, 0, CPU, sharded.SHARED)[0]
 
 
 def start(N: int, folder: Path, *command: object) -> list[subprocess.Popen]:
@@ -141,52 +132,50 @@ def wait(processes: list[subprocess.Popen]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[int, list[dict]]:
-    """What each of N processes found, by N."""
+def folder(tmp_path_factory) -> Path:
+    """The folder of the program at the end of this file, when its three processes are done."""
     folder = tmp_path_factory.mktemp("many")
-    groups = {N: start(N, folder, __file__, folder) for N in (1, 2, 3)}
-    for N, processes in groups.items():
-        logs = [folder / f"{N}-{r}.txt" for r in range(N)]
-        assert wait(processes) == [0] * N, "".join(log.read_text() for log in logs)
-    return {N: [torch.load(folder / f"{N}-{r}.pt") for r in range(N)] for N in groups}
+    codes = wait(start(3, folder, __file__, folder))
+    assert codes == [0] * 3, "".join(log.read_text() for log in folder.glob("*.txt"))
+    return folder
 
 
-@pytest.mark.parametrize("N, case", [(N, case) for N in (1, 2, 3) for case in cases(N)], ids=str)
-def test_many_processes_compute_what_one_computes(results, N, case):
+@pytest.fixture(scope="module")
+def results(folder) -> dict[int, list[dict]]:
+    """What each of N processes found, by N."""
+    return {N: [torch.load(folder / f"{N}-{r}.pt") for r in range(N)] for N in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_many_processes_compute_what_one_computes(results, case):
     """N processes, sharded  =>  weights, gradients and metrics of one process, but for rounding"""
     expected = results[1][0]["one", *case]
     tolerance = 1e-6 if case[1] == torch.float32 else 1e-9
-    for process in results[N]:
-        actual = process[case]
-        for name, value in expected.items():
-            scale = max(1, value.abs().max().item())
-            assert (actual[name] - value).abs().max() <= tolerance * scale, name
+    for process in [each for N in results for each in results[N] if case in each]:
+        torch.testing.assert_close(process[case]["found"], expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("N", [2, 3])
 def test_memory_falls_with_the_number_of_processes(results, N):
-    """N processes  =>  each keeps about 1/N of the weights, gradients and moments, and all one"""
-    for case in CASES[:2]:
+    """N processes  =>  each keeps about 1/N of the weights, gradients and moments, and all one.
+    --replicate N  =>  each keeps all
+    """
+    for case in CASES[:3]:
         for name, total in results[1][0][case]["bytes"].items():
             shares = [process[case]["bytes"][name] for process in results[N]]
-            assert sum(shares) == total > 0
-            assert max(shares) < 1.2 * total / N
+            if case[2] == "replicate":
+                assert shares == [total] * N
+            else:
+                assert sum(shares) == total > 0 and max(shares) < 1.2 * total / N
 
 
-def test_copies_keep_whole_models(results):
-    """--replicate N  =>  each process keeps as much as one process alone"""
-    for process in results[2]:
-        assert process[CASES[2]]["bytes"] == results[1][0][CASES[2]]["bytes"]
-
-
-@pytest.mark.parametrize("N", [1, 2, 3])
-def test_samples_do_not_depend_on_the_number_of_processes(results, N):
+def test_samples_do_not_depend_on_the_number_of_processes(results):
     """complete() on N processes  =>  bit for bit the same rows, in the prompts' order"""
-    ids, *_ = expected = results[1][0]["completions"][0]
-    assert ids[:, :2].tolist() == [[97 + i % 26, 97 + i // 26] for i in range(600)]
-    assert len({tuple(row) for row in ids[:, 2:].tolist()}) > 300  # chunks are not alike
-    for process in results[N]:
-        assert all(map(torch.equal, process["completions"][0], expected))
+    ids, *_ = expected = results[1][0]["completions"]
+    assert ids[:, :2].tolist() == PROMPTS
+    assert len({tuple(row) for row in ids[:, 2:].tolist()}) > 125  # chunks are not alike
+    for process in results[2] + results[3]:
+        assert all(map(torch.equal, process["completions"], expected))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -199,17 +188,20 @@ def test_losses_that_couple_prompts_are_refused(name):
         distributed.check_loss(loss, name)
 
 
-def test_batches_smaller_than_the_number_of_processes_are_refused(results):
-    for process in results[3]:
-        assert "smaller" in process["refused"]
+def test_batches_smaller_than_the_number_of_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    batches = [torch.tensor([0, 1])]
+    with pytest.raises(BadInput, match="smaller"):
+        next(distributed.train_sharded(None, None, None, None, batches, LR, (None, None)))
 
 
-def test_killed_run_continues_with_another_number_of_processes(tmp_path):
+def test_killed_run_continues_with_another_number_of_processes(folder, tmp_path):
     """2 processes, one is killed in DPO, then 3  =>  one line, then the policy of one process"""
-    flags = ["--out", tmp_path / "out", "--checkpoint-every", "1", *TINY]
+    flags = ["--out", tmp_path, "--checkpoint-every", "1", *TINY]
     module = ["-m", "beyond.distributed", *flags]
     processes = start(2, tmp_path, *module)
-    while not [*tmp_path.glob("out/checkpoints/*/00000000[3-9]/.metadata")]:
+    while not [*tmp_path.glob("checkpoints/*/00000000[3-9]/.metadata")]:
         time.sleep(0.02)
         assert processes[0].poll() is None, (tmp_path / "2-0.txt").read_text()
     processes[1].kill()
@@ -223,39 +215,42 @@ def test_killed_run_continues_with_another_number_of_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "[eval_set] cached\n[dpo-1]\n" in done.stdout
     assert int(re.search(r"training: +(\d+)%", done.stderr)[1]) > 0  # of the first step shown
-    assert not [*tmp_path.glob("out/checkpoints")]
+    assert not [*tmp_path.glob("checkpoints")]
 
-    alone = start(1, tmp_path, "-m", "beyond.distributed", "--out", tmp_path / "alone", *TINY)
-    assert wait(alone) == [0], (tmp_path / "1-0.txt").read_text()
-    found, expected = (json.loads((tmp_path / n / "results.json").read_text()) for n in FOLDERS)
+    outs = tmp_path, folder / "alone"
+    found, expected = (json.loads((out / "results.json").read_text()) for out in outs)
     assert found["reference"] == pytest.approx(expected["reference"])
     for name in ("reward", "kl", "length", "pair_accuracy", "reward_r2"):
         assert found["points"][0][name] == pytest.approx(expected["points"][0][name], rel=0.02)
-    policy, expected = (read_checkpoint(tmp_path / n / "dpo-1.pt") for n in FOLDERS)
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(policy["weights"][name], weight, rtol=0, atol=2e-6)
-    runs = [torch.load(tmp_path / n / "dpo-1.pt")["value"] for n in FOLDERS]
-    for row, expected in zip(*(each["curves"] for each in runs), strict=True):
-        assert row.keys() - {"samples"} == expected.keys() - {"samples"}
-        sampled = {"samples", "kl", "entropy", "length", "reward"}  # rounding changes a few tokens
-        for name in expected.keys() - sampled:
-            assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
+    sampled = {"samples", "kl", "entropy", "length", "reward"}  # rounding changes a few tokens
+    for row, other in zip(found["curves"]["1"], expected["curves"]["1"], strict=True):
+        assert row.keys() == other.keys()
+        for name in row.keys() - sampled:
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
+    policy, expected = (read_checkpoint(out / "dpo-1.pt")["weights"] for out in outs)
+    torch.testing.assert_close(policy, expected, rtol=0, atol=2e-6)
 
 
 def main(folder: Path):
+    """All that needs a group: of 3 processes, then of the first 2, and of the last one alone."""
     torch.compile = partial(torch.compile, backend="aot_eager")  # traces, but needs no compiler
-    dist.init_process_group()
-    every = {case: of_many(folder, *case) for case in cases(dist.get_world_size())}
-    every["completions"] = completions()
-    if dist.get_world_size() == 1:
-        every |= {("one", *case): one_process(*case) for case in CASES}
-    if dist.get_world_size() == 3:
-        how = None, [torch.tensor([0, 1])], 0.1, (None, folder)
-        with pytest.raises(BadInput) as error:
-            next(distributed.train_sharded(None, None, None, *how))
-        every["refused"] = str(error.value)
-    torch.save(every, folder / f"{dist.get_world_size()}-{dist.get_rank()}.pt")
-    dist.barrier()
+    rank = int(os.environ["RANK"])
+    for N, first in (3, 0), (2, 0), (1, 2):
+        if not first <= rank < first + N:
+            continue
+        r, file = rank - first, (folder / f"group-{N}").as_uri()
+        dist.init_process_group("gloo", init_method=file, rank=r, world_size=N)
+        every = {case: of_many(folder, *case) for case in (CASES if N == 2 else CASES[:-1])}
+        every["completions"] = completions()
+        if N == 1:
+            every |= {("one", *case): one_process(*case) for case in CASES}
+        torch.save(every, folder / f"{N}-{r}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 2:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+        assert distributed.main(["--out", str(folder / "alone"), *TINY]) == 0
+    sys.stdout.flush()
     os._exit(0)
 
 

@@ -1,7 +1,6 @@
 """lib/evaluate.py: everything that is reported, by plain arithmetic over lists."""
 
 import csv
-import dataclasses
 import functools
 import math
 
@@ -14,7 +13,7 @@ import dpo
 from beyond.monitor import Monitor
 from lib import evaluate
 from lib.checkpoint import load_gpt, to_checkpoint
-from lib.evaluate import BETAS, evaluate_policy, fraction_of_optimal, optimal_frontier
+from lib.evaluate import evaluate_policy
 from lib.inference import compute_logps, generate
 from tiny import CPU
 
@@ -108,19 +107,11 @@ def test_agreement_on_held_out_pairs_is_what_plain_arithmetic_gives(toy, other):
         assert result["point"][name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
 
 
-def test_pi_ref_itself_has_no_kl_no_margin_and_half_of_the_pairs(toy):
-    """pitfalls 12, 14, 22, 28"""
-    reference, eval_set = toy.returned["reference"], toy.returned["eval_set"]
-    pi_ref, pairs = load_gpt(reference, CPU), eval_set.pairs
-    logps = compute_logps(pi_ref, pairs.ids, pairs.mask).double()
-    tied = dataclasses.replace(pairs, ref_logps=logps)
-    found = evaluate.agreement(pi_ref, tied, eval_set.gap, functools.partial(dpo.dpo, beta=2.0))
-    assert found["pair_accuracy"] == pytest.approx(0.5)
-    assert found["loss"] == pytest.approx(math.log(2))
+def test_pi_ref_itself_has_no_kl_and_no_margin(toy):
+    """pitfalls 12, 14, 28"""
     _, (_, *args) = toy.calls["eval-2"]
-    point = evaluate_policy(reference, *args)["point"]
+    point = evaluate_policy(toy.returned["reference"], *args)["point"]
     assert point["kl"] == 0 and abs(point["margin"]) < 0.1
-    assert abs(point["gain"]) < 5 * point["gain_se"] + 0.5
 
 
 def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, tmp_path, capsys):
@@ -167,50 +158,22 @@ def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, tmp
 # ------------------------------------------------- the optimum
 
 
-@pytest.fixture(scope="module")
-def normal():
-    """Rewards of 20 prompts with 512 samples each, from N(0, 1)."""
-    return torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
-
-
-def test_the_frontier_is_the_optimum_of_eq_4(normal):
-    """For normal rewards, E r = 1 / beta and KL = 1 / (2 beta^2)."""
-    frontier = optimal_frontier(normal)
-    assert frontier["reliable"][0] and not frontier["reliable"][-1]
-    for i in np.flatnonzero(frontier["reliable"]):
-        assert frontier["reward"][i].mean() == pytest.approx(1 / BETAS[i], abs=0.06)
-        assert frontier["kl"][i].mean() == pytest.approx(1 / (2 * BETAS[i] ** 2), abs=0.06)
-    assert np.flatnonzero(frontier["reliable"]).tolist() == [*range(frontier["reliable"].sum())]
-    assert frontier["beta"] is BETAS
-
-
-def test_the_fraction_of_optimal_is_relative_to_the_frontier_at_the_same_kl(normal):
-    frontier, ref = optimal_frontier(normal), normal.double().mean(1)
-    i = int(np.argmin(np.abs(BETAS - 2)))
-    gain, kl = frontier["reward"][i].mean() - ref.mean().item(), frontier["kl"][i].mean()
-    for factor in (1, 0.5, 2, -1):
-        found = fraction_of_optimal(normal, ref + factor * gain, torch.full((20,), kl))
-        assert found["fraction_of_optimal"] == pytest.approx(factor, rel=1e-4)
-        assert 0 < found["fraction_of_optimal_se"] < 0.2
-    beyond = fraction_of_optimal(normal, ref + gain, torch.full((20,), 8.0))
-    assert set(beyond.values()) == {None}
-
-
 @pytest.mark.parametrize("labels", ["bt", "argmax"])
-def test_regret_is_zero_at_the_optimum_and_undefined_for_argmax_labels(labels, normal):
-    beta, r = 2.0, normal.double()
-    w = (r / beta).softmax(1)
+def test_regret_is_zero_at_the_optimum_and_undefined_for_argmax_labels(labels):
+    """The optimum of Eq. 4 at beta 2, and a policy that has 0.3 nats less at the same KL.
+
+    Nothing but the fraction is known for argmax labels, and where the sample is too small.
+    """
+    r = torch.randn(20, 512, generator=torch.Generator().manual_seed(0)).double()
+    w = (r / 2).softmax(1)
     best_r, best_kl = (w * r).sum(1, True), (w * (w * 512).log()).sum(1, True)
-    gap = evaluate.optimality_gap(normal, best_r.float(), best_kl.float(), beta, labels)
-    worse = evaluate.optimality_gap(normal, best_r.float() - 0.3, best_kl.float(), beta, labels)
-    assert gap["fraction_of_optimal"] == pytest.approx(1, abs=0.01)
-    if labels == "argmax":
-        assert gap["regret"] is gap["optimal_kl"] is gap["optimal_reward"] is None
-    else:
-        assert gap["regret"] == pytest.approx(0, abs=1e-4)
-        assert worse["regret"] == pytest.approx(0.3, abs=1e-4)
-        assert gap["optimal_kl"] == pytest.approx(best_kl.mean().item())
-        assert gap["optimal_reward"] == pytest.approx(best_r.mean().item())
-    unreliable = evaluate.optimality_gap(normal, best_r.float(), best_kl.float(), 0.06, labels)
-    assert unreliable["regret"] is None
-    assert evaluate.optimality_gap(normal, best_r, best_kl, 0.01, labels)["regret"] is None
+    gap = evaluate.optimality_gap(r, best_r, best_kl, 2.0, labels)
+    worse = evaluate.optimality_gap(r, best_r - 0.3, best_kl, 2.0, labels)
+    gain = (best_r.mean() - r.mean()).item()
+    for found, lost in ((gap, 0.0), (worse, 0.3)):
+        assert found["fraction_of_optimal"] == pytest.approx(1 - lost / gain, abs=0.01)
+        assert found["regret"] == (pytest.approx(lost, abs=1e-4) if labels == "bt" else None)
+    assert 0 < worse["fraction_of_optimal_se"] < 0.2
+    expected = (best_r.mean().item(), best_kl.mean().item()) if labels == "bt" else (None, None)
+    assert (gap["optimal_reward"], gap["optimal_kl"]) == pytest.approx(expected)
+    assert evaluate.optimality_gap(r, best_r, best_kl, 0.06, labels)["regret"] is None

@@ -1,9 +1,10 @@
-"""lib/io.py: atomic writes, downloads, locks, and one-line errors."""
+"""lib/io.py: atomic writes, downloads, and one-line errors."""
 
 import hashlib
 import io
 import os
 import urllib.error
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,21 +12,21 @@ import torch
 
 import tiny
 import train
-from lib import io as files
-from lib.io import BadInput, atomic_write, file_lock, open_user_file
+from lib.io import BadInput, atomic_write, cache_dir, open_user_file
 from lib.stage import Stage
 
 
-@pytest.mark.parametrize("error", [ValueError("why"), KeyError(), RecursionError(), MemoryError()])
-def test_any_error_while_reading_names_the_file_in_one_line(error, tmp_path):
-    with pytest.raises(BadInput, match=r"x\.txt: cannot be read as a list"):
-        with open_user_file(tmp_path / "x.txt", "a list"):
-            raise error
-
-
-def test_a_message_for_the_user_passes_unchanged():
-    with pytest.raises(BadInput, match=r"^as it is$"), open_user_file("x", "a list"):
-        raise BadInput("as it is")
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ValueError("why"), r"x\.txt: cannot be read as a list \(why\)"),
+        (MemoryError(), r"x\.txt: cannot be read as a list \(MemoryError\)"),
+        (BadInput("as it is"), "^as it is$"),
+    ],
+)
+def test_any_error_while_reading_names_the_file_in_one_line(error, message, tmp_path):
+    with pytest.raises(BadInput, match=message), open_user_file(tmp_path / "x.txt", "a list"):
+        raise error
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -48,7 +49,6 @@ def test_a_write_that_fails_changes_nothing(error, tmp_path, monkeypatch):
 
 
 CONTENT = tiny.archive()
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Response(io.BytesIO):
@@ -56,57 +56,42 @@ class Response(io.BytesIO):
         return SimpleNamespace(get_all=lambda name: None)  # the server does not tell the length
 
 
-def arriving(content: bytes | Exception):
-    def urlopen(*args, **kwargs):
-        if isinstance(content, Exception):
-            raise content
-        return Response(content)
+@pytest.fixture
+def download(tmp_path, monkeypatch):
+    """download(content) is what load_reviews returns if content arrives, or if it is an error."""
 
-    return urlopen
+    def download(content: bytes | Exception):
+        def urlopen(*args, **kwargs):
+            if isinstance(content, Exception):
+                raise content
+            return Response(content)
 
+        monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+        return train.load_reviews(None, Stage(tmp_path / "out"))
 
-def test_the_archive_is_downloaded_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "IMDB_SHA256", SHA256)
-    monkeypatch.setattr(torch.hub, "urlopen", arriving(CONTENT))
-    stage = Stage(tmp_path / "out")
-    assert train.load_reviews(None, stage).keys() >= {"train/pos", "test/neg"}
-    assert (files.cache_dir() / "aclImdb_v1.tar.gz").read_bytes() == CONTENT
+    monkeypatch.setattr(train, "IMDB_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    return download
+
+
+def test_the_archive_is_downloaded_once(download, tmp_path, capsys):
+    """Into the folder that the environment variable DPO_CACHE names."""
+    assert download(CONTENT).keys() >= {"train/pos", "test/neg"}
+    assert (tmp_path / "cache" / "aclImdb_v1.tar.gz").read_bytes() == CONTENT
     assert train.IMDB_URL in capsys.readouterr().out
-    monkeypatch.setattr(torch.hub, "urlopen", None)
-    train.load_reviews(None, stage)
+    download(AssertionError("another download"))
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        CONTENT[:-1],
-        CONTENT + b"!",
-        urllib.error.URLError("no network"),
-        ConnectionResetError("cut off"),
-        OSError(28, "No space left on device"),
-    ],
+    "content", [CONTENT[:-1], urllib.error.URLError("no network"), ConnectionResetError("cut off")]
 )
-def test_a_download_that_fails_is_one_line_and_leaves_nothing(content, tmp_path, monkeypatch):
-    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "IMDB_SHA256", SHA256)
-    monkeypatch.setattr(torch.hub, "urlopen", arriving(content))
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(content, download, tmp_path):
     with pytest.raises(BadInput, match=r"aclImdb_v1\.tar\.gz: cannot be read"):
-        train.load_reviews(None, Stage(tmp_path / "out"))
-    assert list(files.cache_dir().iterdir()) == []
+        download(content)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_one_run_at_a_time_in_a_folder(tmp_path):
-    with file_lock(tmp_path):
-        with pytest.raises(BadInput, match="another run"), file_lock(tmp_path):
-            pass
-    with file_lock(tmp_path):
-        pass
-
-
-def test_an_environment_variable_moves_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
-    assert files.cache_dir() == tmp_path
-    monkeypatch.delenv("DPO_CACHE")
-    assert files.cache_dir().name == "dpo"
+def test_the_cache_is_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("DPO_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert cache_dir() == tmp_path / ".cache" / "dpo"

@@ -4,60 +4,40 @@ import numpy as np
 import pytest
 import torch
 
-from beyond.muon import Muon, orthogonalize
+from beyond.muon import Muon
 from lib.optim import OPTIMIZERS, linear_warmup_decay, random_batches
+from tiny import Products
 
-SHAPES = [(8, 8), (4, 16), (16, 4), (48, 12), (16, 4)]
-
-
-@pytest.fixture(params=[True, False], ids=["bf16 units", "no units"])
-def units(request, monkeypatch) -> bool:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    return request.param
+SHAPES = [(8, 8), (4, 16), (16, 4), (48, 12), (16, 4), (3, 4)]
 
 
 def trained(optimizer_of) -> list[torch.Tensor]:
+    """Parameters after some steps. The gradient of the last one is 0."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = optimizer_of(params)
     for _ in range(4):
         for p in params:
             p.grad = torch.randn_like(p)
+        params[-1].grad.zero_()
         optimizer.step()
     return [p.detach() for p in params]
 
 
-def test_muon_takes_the_steps_of_torch_optim_muon(units):
-    """Up to bfloat16 rounding, which is below 5 % of the movement."""
+@pytest.mark.parametrize("units", [True, False])
+def test_muon_takes_the_steps_of_torch_optim_muon(units, monkeypatch):
+    """Up to bfloat16 rounding, which is below 5 % of the movement. bfloat16 is used with units."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     how = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
-    ours = trained(lambda params: Muon(params, **how))
+    with Products() as products:
+        ours = trained(lambda params: Muon(params, **how))
+    assert set(products.dtypes) == {torch.bfloat16 if units else torch.float32}
     theirs = trained(lambda params: torch.optim.Muon(params, **how))
     start = trained(lambda params: torch.optim.SGD(params, lr=0.0))
     for p, q, before in zip(ours, theirs, start, strict=True):
         moved = (q - before).norm()
-        assert moved > 0.1 and (p - q).norm() < 0.05 * moved
-
-
-@pytest.mark.parametrize("rows, cols", [(24, 24), (12, 40), (40, 12)])
-def test_orthogonalize_keeps_singular_vectors_and_moves_singular_values_near_1(rows, cols, units):
-    """Against an SVD. Five steps bring singular values above 1 % of the norm into [0.65, 1.25]."""
-    torch.manual_seed(0)
-    x = torch.randn(3, rows, cols)
-    update = orthogonalize(x)
-    assert update.shape == x.shape and update.dtype == (torch.bfloat16 if units else torch.float32)
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    found = u.mT @ update.float() @ vh.mT  # diagonal, if the singular vectors are the same
-    values = found.diagonal(dim1=1, dim2=2)
-    off_diagonal = (found - torch.diag_embed(values)).abs().max()
-    assert off_diagonal < (0.1 if units else 1e-3)
-    large = s / x.norm(dim=(1, 2))[:, None] > 0.01
-    assert large.any() and ((values > 0.65) & (values < 1.25))[large].all()
-    torch.testing.assert_close(orthogonalize(100 * x), update, atol=0.05, rtol=0)
-
-
-def test_a_zero_gradient_has_a_zero_update(units):
-    assert orthogonalize(torch.zeros(1, 3, 4)).abs().sum() == 0
+        assert moved > 0.01 and (p - q).norm() < 0.05 * moved
 
 
 def test_the_learning_rate_warms_up_over_2_percent_and_ends_at_0():
@@ -69,7 +49,7 @@ def test_the_learning_rate_warms_up_over_2_percent_and_ends_at_0():
     assert linear_warmup_decay(1)(0) > 0.9
 
 
-@pytest.mark.parametrize("n, batch_size", [(1003, 16), (7, 16), (16, 16), (40, 1)])
+@pytest.mark.parametrize("n, batch_size", [(1003, 16), (7, 16), (40, 1)])
 def test_random_batches_are_one_epoch_in_random_order(n, batch_size):
     first, again, other = (
         [batch.tolist() for batch in random_batches(n, batch_size, 1, seed)] for seed in (1, 1, 2)

@@ -1,4 +1,4 @@
-"""beyond/page.py: one page that shows the numbers of results.json, in any browser window."""
+"""beyond/page.py and lib/report.py: page, figures, samples and table, all from results.json."""
 
 import html
 import json
@@ -6,14 +6,18 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from beyond import page
+from beyond.custom_data import wilson_interval
 from lib import cli, report
+from tiny import ROOT
 from train import PRESETS, Config
 
+PRODUCTS = {"results.json", "figure.png", "curves.png", "samples.txt", "report.html"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 PROBE = """<script>addEventListener("load", () => {
@@ -37,9 +41,16 @@ def recorded(request):
     return request.getfixturevalue(request.param)
 
 
-def read(run) -> tuple[str, dict]:
-    content = (run.folder / "report.html").read_text("utf-8")
-    return content, json.loads((run.folder / "results.json").read_text("utf-8"))
+@pytest.fixture
+def content(recorded) -> str:
+    return (recorded.folder / "report.html").read_text("utf-8")
+
+
+def test_a_report_is_five_files(recorded):
+    made = {path.name for path in recorded.folder.iterdir() if path.suffix != ".pt"}
+    assert made == PRODUCTS | {f"curves-{beta:g}.csv" for beta in recorded.cfg.beta}
+    for name in ("figure.png", "curves.png"):
+        assert (recorded.folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def check_numbers(content: str, results: dict):
@@ -62,8 +73,8 @@ def check_numbers(content: str, results: dict):
     assert names == expected and len(expected) >= 2
 
 
-def test_numbers_are_those_of_results_json(recorded):
-    content, results = read(recorded)
+def test_numbers_are_those_of_results_json(recorded, content):
+    results = recorded.results
     check_numbers(content, results)
     assert content.count("data:image/png;base64,") == 2
     assert html.escape(page.title(results["config"])) in content
@@ -71,55 +82,47 @@ def test_numbers_are_those_of_results_json(recorded):
         assert f"<p>{html.escape(line)}</p>" in content
 
 
-def test_the_page_loads_nothing(recorded):
-    content, _ = read(recorded)
+def test_the_page_loads_nothing(content):
     sources = re.findall(r'(?:src|href)="([^"]{0,30})|url\(([^)]*)', content)
     assert len(sources) == 3 and all(source.startswith("data:") for source, _ in sources)
     assert "<script" not in content and "@import" not in content
 
 
-def test_words_have_the_colour_of_their_contribution_in_context(recorded):
-    """r*(text) - r*(text without the word): green above 0.05, red below -0.05, others plain."""
-    content, results = read(recorded)
-    reward = recorded.returned["dataset"].reward
-    cards = re.findall(
-        r'<p class="(ref|theta)"><span class="name".*?</span>(.*?)</p>', content, re.S
-    )
+def test_words_have_the_colour_of_their_contribution(recorded, content):
+    """Green above 0.05 nats, red below -0.05, others plain; stronger up to 1 nat."""
+    reward, results = recorded.returned["dataset"].reward, recorded.results
+    cards = re.findall(r'<p class="\w+"><span class="name".*?</span>(.*?)</p>', content, re.S)
     texts = [
         (prompt, sample["texts"][i])
         for i, prompt in enumerate(results["prompts"])
         for sample in results["samples"].values()
     ]
-    assert len(cards) == len(texts)
     spans = 0
-    for (_, card), (prompt, text) in zip(cards, texts, strict=True):
+    for card, (prompt, text) in zip(cards, texts, strict=True):
         found = re.findall(r'<span class="(\w+)" style="--a: ([\d.]+)" title="(\S+) nats">', card)
-        words, expected = text.split(), []
-        for i in range(len(prompt.split()), len(words)) if reward else ():
-            without = " ".join(words[:i] + words[i + 1 :])
-            value = (reward([" ".join(words)]) - reward([without])).item()
-            if abs(value) >= 0.05:
-                kind = "plus" if value > 0 else "minus"
-                strength = 0.15 + 0.45 * min(1, abs(value))
-                expected.append((kind, pytest.approx(strength, abs=0.006), f"{value:+.2f}"))
-        assert [(kind, float(a), title) for kind, a, title in found] == expected
+        values = page.contributions(text, reward)[len(prompt.split()) :] if reward else []
+        expected = [("plus" if v > 0 else "minus", f"{v:+.2f}") for v in values if abs(v) >= 0.05]
+        assert [(kind, title) for kind, _, title in found] == expected
+        for _, strength, title in found:
+            visible = 0.15 + 0.45 * min(1, abs(float(title)))
+            assert float(strength) == pytest.approx(visible, abs=0.01)
         spans += len(found)
     assert spans > 0 or recorded.cfg.data != "toy"  # IMDb's r* may know none of the tiny samples
     assert ("Words have no colour" in content) == (reward is None)
 
 
-def test_colours_are_not_those_of_the_policies():
-    """pi_ref is blue and pi_theta orange in the figures; words are green or red."""
-    for name in ("--plus", "--minus"):
-        for rgb in re.findall(name + r": (\d+), (\d+), (\d+)", page.STYLE):
-            red, green, blue = map(int, rgb)
-            assert max(red, green) > 1.5 * min(red, green) and blue < max(red, green) - 50
-    assert page.BLUE in page.STYLE
+def test_contributions_depend_on_the_context():
+    """A reward that counts pairs of neighbours => a word counts its pairs, less the new one."""
+
+    def reward(texts):
+        return torch.tensor([float(text.count("not good")) for text in texts])
+
+    assert page.contributions("not good", reward) == [1.0, 1.0]
+    assert page.contributions("not so good", reward) == [0.0, -1.0, 0.0]
 
 
-def test_the_command_repeats_the_run(recorded, monkeypatch):
+def test_the_command_repeats_the_run(recorded, content, monkeypatch):
     """The command line of the page => the settings of the run, where they have a flag."""
-    content, _ = read(recorded)
     command = shlex.split(html.unescape(re.search("<pre>(.*?)</pre>", content)[1]))
     assert command[:2] == ["python", "train.py"]
     monkeypatch.chdir(recorded.folder.parent)
@@ -152,7 +155,7 @@ def contrast(first: str, second: str) -> float:
 def test_a_browser_shows_it_without_errors(width, scheme, toy, tmp_path):
     """Phone and desktop, dark and light: no console message, both images, no sideways scrolling,
     readable contrast, and the numbers of results.json in the document it builds."""
-    content, results = read(toy)
+    content = (toy.folder / "report.html").read_text("utf-8")
     (tmp_path / "page.html").write_text(content.replace("</body>", PROBE + "</body>"), "utf-8")
     (tmp_path / "window.html").write_text(WINDOW.format(width))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
@@ -163,7 +166,7 @@ def test_a_browser_shows_it_without_errors(width, scheme, toy, tmp_path):
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     found = json.loads(html.unescape(re.search("<body>(.*)</body>", done.stdout, re.S)[1]))
-    check_numbers(found["html"], results)
+    check_numbers(found["html"], toy.results)
     assert found["width"] == width and found["needed"] <= width
     assert len(found["images"]) == 2 and min(found["images"]) > 500
     assert (luminance(found["page"]) > 0.5) == (scheme == "light")
@@ -173,22 +176,82 @@ def test_a_browser_shows_it_without_errors(width, scheme, toy, tmp_path):
     assert (found["plus"], found["minus"]) == ("solid", "dotted")
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", '{"points": []}', "[1]"])
-def test_a_folder_without_results_is_one_line(content, tmp_path, capsys):
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
+# ------------------------------------------------- python -m lib.report
+
+
+def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
+    shutil.copy(toy.folder / "results.json", tmp_path)
+    command = [sys.executable, "-m", "lib.report", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == page.summary(toy.results)
+    for name in PRODUCTS - {"figure.png", "curves.png"}:
+        assert (tmp_path / name).read_bytes() == (toy.folder / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == PRODUCTS
+
+
+@pytest.mark.parametrize("found", [None, "{", '{"points": []}'])
+def test_a_folder_without_results_is_one_line(found, tmp_path, capsys):
+    if found is not None:
+        (tmp_path / "results.json").write_text(found)
     assert report.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "results.json: cannot be read as the results of a run" in error
     assert error.count("\n") == 1 and not (tmp_path / "report.html").exists()
 
 
-def test_contributions_depend_on_the_context():
-    """A reward that counts pairs of neighbours => a word counts its pairs, less the new one."""
+# ------------------------------------------------- samples, table and figures
 
-    def reward(texts):
-        return torch.tensor([float(text.count("not good")) for text in texts])
 
-    assert page.contributions("not good", reward) == [1.0, 1.0]
-    assert page.contributions("good", reward) == [0.0]
-    assert page.contributions("not so good", reward) == [0.0, -1.0, 0.0]
+def test_samples_show_prompts_texts_and_rewards():
+    samples = {
+        "pi_ref": {"texts": ["the plot is odd."], "rewards": [-0.3]},
+        "beta 1": {"texts": ["the plot is superb and moving."]},
+        "beta 2": {"texts": ["the plot is superb and moving."], "rewards": [2.3]},
+    }
+    assert page.samples_text(["the plot"], samples, 16).splitlines() == [
+        "pi_ref           | beta 1           | beta 2",
+        "",
+        "the plot ...",
+        "-0.30 is odd.    | is superb and    | +2.30 is superb",
+        "                 | moving.          | and moving.",
+    ]
+
+
+def test_the_table_has_a_row_for_each_beta_and_dashes_for_unknown_values(toy):
+    results = json.loads(json.dumps(toy.results, default=str))
+    results["points"][0] |= {"fraction_of_optimal": None, "kl": 1.25}
+    results["points"][1] |= {"fraction_of_optimal": 0.5, "fraction_of_optimal_se": 0.1, "kl": 40}
+    header, first, second, claim, unknown, large = page.summary(results).splitlines()
+    assert "KL" in header.split() and header.split()[0] == "beta"
+    assert first.split()[:2] == ["0.5", "1.25"] and first.split()[-1] == "-"
+    assert second.split()[0] == "2" and "attains 50% of" in claim
+    assert "At beta 0.5 " in unknown and "At beta 2 the KL is above 30 nats" in large
+
+
+def test_figures_show_what_is_known(toy, own):
+    labels = {}
+    for name, run in (("toy", toy), ("own", own)):
+        ax = page.draw_frontier(run.results).axes[0]
+        labels[name] = [*ax.get_legend_handles_labels()[1], ax.get_ylabel()]
+    assert any("optimum of all policies" in label for label in labels["toy"])
+    assert not any("optimum" in label for label in labels["own"])
+    assert "gain" in labels["toy"][-1] and "accuracy" in labels["own"][-1]
+    panels = page.draw_curves(toy.results["curves"]).axes
+    assert [ax.get_title() for ax in panels] == list(page.PANELS.values())
+    assert all(len(ax.lines) >= 2 * len(toy.results["curves"]) for ax in panels)
+
+
+def test_wilson_interval_has_known_values():
+    """9 of 10: (0.596, 0.982). It is symmetric, and never leaves [0, 1]."""
+    assert wilson_interval(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+    low, high = wilson_interval(0.1, 10)
+    assert (1 - high, 1 - low) == pytest.approx(wilson_interval(0.9, 10))
+    assert wilson_interval(1.0, 5)[1] == pytest.approx(1) and low > 0
+
+
+def test_the_summary_of_own_preferences_has_an_interval(own):
+    last = page.summary(own.results).splitlines()[-1]
+    point = own.results["points"][-1]
+    low, high = wilson_interval(point["pair_accuracy"], point["pairs"])
+    assert f"{point['pairs']} pairs" in last and f"{low:.2f} to {high:.2f}" in last

@@ -12,18 +12,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-import data
 import dpo
 import tiny
 import train
 from beyond import gpt2, page
 from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
-from lib.inference import collate, compute_logps
 from lib.io import BadInput
 from model import GPT, GPTConfig
 from tiny import CPU, ROOT, lines, pairs, saved
@@ -31,45 +28,39 @@ from tiny import CPU, ROOT, lines, pairs, saved
 KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 for the complete test
 FLAGS = "--init init.pt --context 24 --sft-steps 3 --reviews 100 --prompts 16 --batch-size 8"
 FLAGS = f"{FLAGS} --epochs 1 --eval-prompts 4 --ref-samples 32 --eval-samples 16 --beta 0.5 2"
-POINT = """pairs beta loss kl kl_se length length_se entropy entropy_se
-    pair_accuracy r_hat_w r_hat_l margin""".split()
+POINT = """beta loss kl kl_se length length_se entropy entropy_se pairs pair_accuracy r_hat_w
+    r_hat_l margin""".split()
 KNOWN_REWARD = """reward reward_se gain gain_se p_positive p_positive_se win_rate win_rate_se
     pair_accuracy_ceiling reward_slope reward_r2 fraction_of_optimal fraction_of_optimal_se
     optimal_reward optimal_kl regret regret_se""".split()
-CURVE = set("loss accuracy margin r_hat_w r_hat_l logp_w logp_l grad_norm".split())
-HELD_OUT = "loss margin pair_accuracy pairs r_hat_w r_hat_l".split()
-LOOK = {"kl", "entropy", "length", "samples", *(f"held_out_{name}" for name in HELD_OUT)}
+CURVE = "loss accuracy margin r_hat_w r_hat_l logp_w logp_l grad_norm".split()
+LOOK = """kl entropy length samples held_out_loss held_out_margin held_out_pair_accuracy
+    held_out_pairs held_out_r_hat_w held_out_r_hat_l""".split()
 
 
 @pytest.mark.parametrize("kind", ["toy", "imdb", "own"])
 def test_results_json_has_all_fields(kind, request):
     run = request.getfixturevalue(kind)
-    results = json.loads((run.folder / "results.json").read_text("utf-8"))
+    results, known = run.results, kind != "own"
     assert set(results) == set(
         "config pairs seconds machine reference points frontier prompts samples curves".split()
     )
     assert set(results["config"]) == set(vars(run.cfg))
-    machine = {"device", "processor", "cpu", "bf16", "threads", "torch"}
-    assert set(results["machine"]) == machine and results["machine"]["processor"]
+    assert set(results["machine"]) == {"device", "processor", "cpu", "bf16", "threads", "torch"}
     assert set(results["seconds"]) >= {"dataset", "reference", "preferences", "eval_set"}
-    assert all(seconds > 0 for seconds in results["seconds"].values())
-    assert [p["beta"] for p in results["points"]] == list(run.cfg.beta)
-    known = KNOWN_REWARD if kind != "own" else []
-    for point in results["points"]:
-        assert set(point) == set(POINT + known)
-        assert point["kl"] > 0 and 0 <= point["pair_accuracy"] <= 1
-    look = LOOK | {"reward", "p_positive"} if known else LOOK
+    assert [point["beta"] for point in results["points"]] == list(run.cfg.beta)
+    fields = POINT + KNOWN_REWARD if known else POINT
+    assert all(set(point) == set(fields) for point in results["points"])
+    look = [*CURVE, *LOOK, "reward", "p_positive"] if known else CURVE + LOOK
     for curve in results["curves"].values():
-        seen = [row for row in curve if row.keys() - CURVE]
-        assert all(row.keys() == CURVE | look for row in seen)
+        seen = [row for row in curve if set(row) != set(CURVE)]
+        assert all(set(row) == set(look) for row in seen)
         assert len(seen) == min(10, len(curve)) and seen[-1] is curve[-1]
-        assert all(len(row["samples"]) == 2 for row in seen)
         assert curve[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # pitfall 13
-    texts = {name: len(sample["texts"]) for name, sample in results["samples"].items()}
-    shown = len(run.returned["dataset"].eval_prompts)
     names = ["pi_ref", *(f"beta {beta:g}" for beta in run.cfg.beta)]
-    assert texts == dict.fromkeys(names, shown) and len(results["prompts"]) == shown > 1
-    assert bool(results["frontier"]) == (kind != "own")
+    shown = {name: len(sample["texts"]) for name, sample in results["samples"].items()}
+    assert shown == dict.fromkeys(names, len(results["prompts"])) and len(results["prompts"]) > 1
+    assert bool(results["frontier"]) == known
 
 
 def test_the_stages_are_those_of_section_6_1(toy, imdb, own):
@@ -93,20 +84,6 @@ def test_preferences_are_on_sampled_ids_scored_once(toy):
     tolerance = 0.2 if pi_ref.bf16 else 1e-4
     torch.testing.assert_close(preferences.ref_logps, expected, atol=tolerance, rtol=0)
     assert toy.results["pairs"] == len(preferences.pairs)
-
-
-def test_evaluation_prompts_are_disjoint_from_those_of_the_preferences(toy, imdb, own):
-    for run in (toy, imdb):
-        dataset = run.returned["dataset"]
-        held_out, used = (set(map(tuple, x)) for x in (dataset.eval_prompts, dataset.prompts))
-        assert len(held_out) == len(dataset.eval_prompts) == 4 and used and not held_out & used
-    dataset = own.returned["dataset"]
-    held_out = {tuple(x) for x in dataset.eval_prompts}
-    used, asked = (
-        {tuple(row[:i].tolist()) for row, i in zip(p.ids, p.mask.int().argmax(1), strict=True)}
-        for p in (dataset.pairs, dataset.eval_pairs)
-    )
-    assert held_out and not held_out & used and held_out <= asked
 
 
 # ------------------------------------------------- the command line, and kills
@@ -205,12 +182,15 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_results(start, undisturb
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory with the files init.pt and own.jsonl. No figures are drawn, for speed."""
+    """A working directory with init.pt, without a network. No figures are drawn, for speed."""
+
+    def connect(*args):
+        raise AssertionError("only a download makes a connection")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", connect)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: path.touch())
     Path("init.pt").write_bytes(saved(tiny.checkpoint()))
-    Path("own.jsonl").write_bytes(lines(pairs(24)))
-    return tmp_path
 
 
 def main(more: str) -> dict:
@@ -218,32 +198,20 @@ def main(more: str) -> dict:
     return results(Path("out"))
 
 
-@pytest.mark.parametrize("flags", ["--labels soft", "--labels argmax", "--pairs best-worst"])
-def test_other_labels_and_pairs_run(flags, here):
+@pytest.mark.parametrize(
+    "flags, labels", [("--labels soft", "soft"), ("--pairs best-worst", "argmax")]
+)
+def test_other_labels_and_pairs_run(flags, labels, here):
     found = main(f"{flags} --beta 4")
-    point = found["points"][0]
-    certain = flags in ("--labels argmax", "--pairs best-worst")
-    assert (point["pair_accuracy_ceiling"] == pytest.approx(1)) == certain
-    assert (found["config"]["labels"] == "argmax") == certain
-
-
-def as_csv(rows: list[dict]) -> bytes:
-    table = [list(rows[0]), *(row.values() for row in rows)]
-    return "".join(",".join(f'"{cell}"' for cell in row) + "\n" for row in table).encode()
-
-
-@pytest.mark.parametrize("content", [lambda rows: json.dumps(rows).encode(), as_csv])
-def test_a_json_array_and_a_csv_file_give_the_results_of_json_lines(content, here):
-    expected = main("--data own.jsonl --beta 1")
-    Path("own.file").write_bytes(content(pairs(24)))
-    found = main("--data own.file --beta 1")
-    assert found["points"] == expected["points"] and found["curves"] == expected["curves"]
+    ceiling = found["points"][0]["pair_accuracy_ceiling"]
+    assert found["config"]["labels"] == labels
+    assert (ceiling == pytest.approx(1)) == (labels == "argmax")
 
 
 def test_own_preferences_run_from_the_command_line(here, capsys):
     """Pairs that do not fit are dropped, and reported. pitfall 20"""
-    with open("own.jsonl", "ab") as f:
-        f.write(lines([{"prompt": "film", "chosen": " no" * 60, "rejected": " yes"}]))
+    unfit = {"prompt": "film", "chosen": " no" * 60, "rejected": " yes"}
+    Path("own.jsonl").write_bytes(lines([*pairs(24), unfit]))
     found = main("--data own.jsonl --beta 1")
     printed = capsys.readouterr().out
     assert "1 of 25 pairs do not fit in --context 24 and are dropped" in printed
@@ -278,15 +246,7 @@ def mine(logps, batch, beta, scale=1.0):
     assert trained == [True, False, True, True, True]
 
 
-def test_no_network_connection_is_made_unless_data_must_be_downloaded(here, monkeypatch):
-    def connect(*args):
-        raise AssertionError("a connection")
-
-    monkeypatch.setattr("socket.socket.connect", connect)
-    main("--beta 2")
-
-
-def test_nothing_is_trained_if_no_pairs_can_be_formed(here, capsys, monkeypatch):
+def test_nothing_is_trained_if_no_pairs_can_be_formed(here, capsys):
     """Identical completions give no pair: one line, not a traceback."""
     one = tiny.checkpoint()
     one["weights"]["wte.weight"] *= 0
@@ -298,24 +258,13 @@ def test_nothing_is_trained_if_no_pairs_can_be_formed(here, capsys, monkeypatch)
     assert "pairs" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag, message", [("--lr 1e9", "lower --lr")])
-def test_training_that_diverges_is_one_line(flag, message, here, capsys):
-    assert train.main([*FLAGS.split(), *flag.split()]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+def test_training_that_diverges_is_one_line(here, capsys):
+    assert train.main([*FLAGS.split(), "--lr", "1e9"]) == 2
+    assert "lower --lr" in capsys.readouterr().err.splitlines()[-1]
     assert not list(Path("out").glob("dpo*"))
 
 
 # ------------------------------------------------- pieces
-
-
-def test_fine_tuning_lowers_the_loss_far_below_uniform():
-    tokenizer = data.load_tokenizer(data.toy_tokens())
-    texts = data.openings(data.toy_reviews(400, 0), tokenizer, 24)
-    checkpoint = train.sft(tiny.checkpoint(), texts, 60, 16, 1e-2, 0, CPU)
-    unseen = data.openings(data.toy_reviews(100, 9), tokenizer, 24)
-    ids, mask = collate(unseen, [1] * len(unseen))
-    nll = -compute_logps(load_gpt(checkpoint, CPU), ids, mask).sum() / mask.sum()
-    assert nll < 0.6 * math.log(tokenizer.n_vocab)
 
 
 def test_fine_tuning_weights_texts_by_their_tokens():
@@ -337,16 +286,15 @@ def test_fine_tuning_that_diverges_is_refused():
         train.sft(tiny.checkpoint(), [[1, 2, 3]] * 8, 5, 4, math.inf, 0, CPU)
 
 
-@pytest.mark.parametrize("epochs, batch_size, steps", [(1, 8, 2), (3, 5, 12), (None, 8, 100)])
+@pytest.mark.parametrize("epochs, batch_size, steps", [(3, 5, 12), (None, 8, 100)])
 def test_every_epoch_has_each_prompt_once(epochs, batch_size, steps, toy):
-    """Without epochs: as many as give at least 100 steps, or one."""
-    preferences = toy.returned["preferences"]
-    n = int(preferences.prompt.max()) + 1
-    batches = train.Training(0, "sgd", 0.1, epochs, batch_size, 0).batches(preferences)
-    assert n == 16 and len(batches) == steps
-    per_epoch = -(-n // batch_size)
+    """Without epochs: as many as give at least 100 steps."""
+    how = train.Training(0, "sgd", 0.1, epochs, batch_size, 0)
+    batches = how.batches(toy.returned["preferences"])
+    assert len(batches) == steps
+    per_epoch = math.ceil(16 / batch_size)
     for i in range(0, steps, per_epoch):
-        assert sorted(np.concatenate(batches[i : i + per_epoch])) == list(range(n))
+        assert sorted(torch.cat(batches[i : i + per_epoch]).tolist()) == list(range(16))
 
 
 def test_a_batch_of_one_prompt_can_be_overfitted(toy, capsys):
@@ -384,15 +332,6 @@ def test_the_context_of_a_checkpoint_can_be_changed():
     assert load_gpt(longer, CPU).wpe.weight[24:].abs().sum() == 0
 
 
-def test_a_checkpoint_file_round_trips(tmp_path, recwarn):
-    (tmp_path / "c.pt").write_bytes(saved(tiny.checkpoint()))
-    found = read_checkpoint(tmp_path / "c.pt")
-    assert found["config"] == tiny.checkpoint()["config"]
-    assert found["tokens"] == data.toy_tokens()
-    for name, weight in tiny.checkpoint()["weights"].items():
-        assert torch.equal(found["weights"][name], weight)
-    assert not [w for w in recwarn if "meta" in str(w.message)]
-
-
-def test_pi_ref_of_the_project_is_readable():
+def test_pi_ref_of_the_project_is_readable(recwarn):
     assert read_checkpoint(train.PI_REF)["tokens"] and ROOT in Path(train.PI_REF).parents
+    assert not [w for w in recwarn if "meta" in str(w.message)]

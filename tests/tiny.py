@@ -41,10 +41,10 @@ def config(kind: str, folder: Path) -> train.Config:
     return train.Config(data=str(folder / "own.jsonl"), **given)
 
 
-def checkpoint(context: int = 24) -> dict:
+def checkpoint() -> dict:
     torch.manual_seed(0)
     tokens = data.toy_tokens()
-    return to_checkpoint(GPT(GPTConfig(len(tokens) + 1, context, 1, 2, 16)), tokens)
+    return to_checkpoint(GPT(GPTConfig(len(tokens) + 1, SIZES["context"], *SIZES["shape"])), tokens)
 
 
 def pairs(n: int = 60) -> list[dict]:
