@@ -282,8 +282,8 @@ RUN: dict[str, Callable] = {
 }
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
-    """The studies. Returns results.json and one figure."""
+def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
+    """The studies. Returns results.json."""
     e = common.prepare(cfg, stage, device)
     found = {}
     for name in (name for name in cfg.studies if name in RUN):
@@ -296,8 +296,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
         for study, points in found.items()
         for method, p in points.items()
     ]
-    results = common.about(e) | {"points": rows, "optima": optima(e), "coverage": exact}
-    return results, {"figure.png": draw(results, cfg.studies)}
+    return common.about(e) | {"points": rows, "optima": optima(e), "coverage": exact}
 
 
 # ------------------------------------------------- the table and the figure
@@ -433,7 +432,7 @@ DRAW = {
 
 
 def main(argv: list[str]) -> int:
-    return common.command("ablations.py", __doc__, Config, train.PRESETS, argv, run, table)
+    return common.command("ablations.py", __doc__, Config, train.PRESETS, argv, run, table, draw)
 
 
 if __name__ == "__main__":

@@ -216,8 +216,8 @@ def runs_on_pairs(cfg: Config) -> list[dict]:
     return [run for run in runs if run["method"] in cfg.methods]
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
-    """All runs. Returns results.json and the figure."""
+def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
+    """All runs. Returns results.json."""
     e = common.prepare(cfg, stage, device)
     points = []
     for one in runs_on_pairs(cfg):
@@ -249,7 +249,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
     results["reward_model"] = {"pair_accuracy": accuracy}
     if reward_model:
         results["reward_model"]["evaluations"] = reward_model["evaluations"]
-    return results, {"figure.png": draw(results)}
+    return results
 
 
 def name_of(one: dict) -> str:
@@ -421,10 +421,11 @@ NEAR = 2.0  # nats: the end of the first panel
 PAPER = {"DPO": [(2.5, 0.9), (5, 1.0)], "PPO": [(2, 0.53), (11, 0.92)]}  # approximate readings
 
 
-def draw(results: dict) -> Figure:
+def draw(runs: list[dict]) -> Figure:
     """Gain against KL, for small and for all KL; P(positive), on IMDb with readings of the paper;
-    and the largest gain against the time of training.
+    and the largest gain against the time of training. Means over seeds.
     """
+    results = common.average(runs)
     figure = Figure((11, 9), layout="constrained")
     (near, left), (right, cost) = figure.subplots(2, 2)
     limit = 1.1 * max(p["kl"] for p in results["points"] if p["method"] in ("DPO", "PPO-GT", "PPO"))
@@ -445,8 +446,7 @@ def draw(results: dict) -> Figure:
     left.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
     left.plot([], [], "s:", color="0.55", ms=3, label="best of N, at a bound on its KL")
     left.legend(loc="lower right", frameon=False)
-    cfg, n = results["config"], results["pairs"]
-    figure.suptitle(f"{cfg['data']}, {cfg['labels']} labels, {n:,} pairs, seed {cfg['seed']}")
+    figure.suptitle(common.title(runs))
     return figure
 
 
@@ -492,7 +492,7 @@ def draw_paper(ax):
 
 
 def main(argv: list[str]) -> int:
-    return common.command("figure2.py", __doc__, Config, PRESETS, argv, run, table)
+    return common.command("figure2.py", __doc__, Config, PRESETS, argv, run, table, draw)
 
 
 if __name__ == "__main__":
