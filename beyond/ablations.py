@@ -135,7 +135,7 @@ def verbosity(stage: Stage, e: Experiment) -> dict[str, dict]:
 
 def optima(e: Experiment) -> dict[str, dict]:
     """Gain and length of the optimum at beta 1: of r*, and of the labels of `verbosity`."""
-    r, length = e.eval_set.rewards.double(), e.ref_lengths.double()
+    r, length = e.eval_set.rewards.double(), e.eval_set.lengths.double()
     found = {}
     for name, favoured in (("optimum of r*", r), ("optimum of the labels", r + PER_TOKEN * length)):
         w = favoured.softmax(1)  # Eq. 4 over samples of pi_ref

@@ -56,7 +56,6 @@ class Experiment:
     rewards: Tensor  # (P, K) r* of the completions
     preferences: dpo.Preferences
     eval_set: EvalSet
-    ref_lengths: Tensor  # (P, N) tokens of pi_ref's evaluation samples
     ev: EvalConfig
 
 
@@ -77,18 +76,7 @@ def prepare(cfg: train.Config, stage: Stage, device: torch.device) -> Experiment
     sizes = cfg.ref_samples, min(cfg.eval_samples, cfg.ref_samples), cfg.completions
     ev = EvalConfig(*sizes, cfg.labels, seed)
     eval_set = stage("eval_set", evaluate.make_eval_set, dataset, None, reference, ev, device)
-    lengths = stage("ref_lengths", reference_lengths, dataset, reference, ev, device)
-    return Experiment(cfg, device, dataset, reference, *made, preferences, eval_set, lengths, ev)
-
-
-def reference_lengths(
-    dataset: Dataset, reference: dict, ev: EvalConfig, device: torch.device
-) -> Tensor:
-    """The tokens (P, N) of the samples behind `EvalSet.rewards`, which are drawn again."""
-    pi_ref, tokenizer = load_gpt(reference, device), load_tokenizer(reference["tokens"])
-    how = dataset.eval_prompts, ev.ref_samples, tokenizer, ev.seed, "sampling pi_ref"
-    (_, mask, _), _ = generate(pi_ref, *how)
-    return mask.sum(1).view(-1, ev.ref_samples)
+    return Experiment(cfg, device, dataset, reference, *made, preferences, eval_set, ev)
 
 
 # ------------------------------------------------- training and evaluation
@@ -199,7 +187,7 @@ def best_of_n_rows(r: Tensor, lengths: Tensor) -> list[dict]:
 
 def about(e: Experiment) -> dict:
     """What results.json says about pi_ref, the optimum and the run."""
-    r, lengths = e.eval_set.rewards, e.ref_lengths
+    r, lengths = e.eval_set.rewards, e.eval_set.lengths
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(e.cfg).items()}
     return {
         "config": settings,
