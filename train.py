@@ -236,9 +236,8 @@ def run(cfg: Config, stage: Stage, device) -> str:
     dataset = load_dataset(cfg, stage, start["tokens"])
     if dataset.pairs:
         print(find("expected_time", "beyond.custom_data")(cfg, dataset, start, device))
-    texts = dataset.sft_texts
-    how = sft_settings(cfg, len(texts))
-    reference = stage("reference", sft, start, texts, *how, seed, device)
+    how = sft_settings(cfg, len(dataset.sft_texts))
+    reference = stage("reference", sft, start, dataset.sft_texts, *how, seed, device)
 
     eval_pairs = None
     if dataset.pairs:

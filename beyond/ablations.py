@@ -135,7 +135,7 @@ def verbosity(stage: Stage, e: Experiment) -> dict[str, dict]:
 
 def optima(e: Experiment) -> dict[str, dict]:
     """Gain and length of the optimum at beta 1: of r*, and of the labels of `verbosity`."""
-    r, length = e.eval_set.rewards.double(), e.ref_lengths.double()
+    r, length = e.eval_set.rewards.double(), e.eval_set.lengths.double()
     found = {}
     for name, favoured in (("optimum of r*", r), ("optimum of the labels", r + PER_TOKEN * length)):
         w = favoured.softmax(1)  # Eq. 4 over samples of pi_ref
@@ -282,8 +282,8 @@ RUN: dict[str, Callable] = {
 }
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
-    """The studies. Returns results.json and one figure."""
+def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
+    """The studies. Returns results.json."""
     e = common.prepare(cfg, stage, device)
     found = {}
     for name in (name for name in cfg.studies if name in RUN):
@@ -296,8 +296,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
         for study, points in found.items()
         for method, p in points.items()
     ]
-    results = common.about(e) | {"points": rows, "optima": optima(e), "coverage": exact}
-    return results, {"figure.png": draw(results, cfg.studies)}
+    return common.about(e) | {"points": rows, "optima": optima(e), "coverage": exact}
 
 
 # ------------------------------------------------- the table and the figure
@@ -335,82 +334,123 @@ def table(runs: list[dict]) -> str:
     return common.markdown(["study", "method", *COLUMNS.values(), "A", "B"], rows)
 
 
-def draw(results: dict, studies: tuple[str, ...]) -> Figure:
-    """One panel for each study."""
-    figure = Figure((12, 7), layout="constrained")
+def draw(runs: list[dict]) -> Figure:
+    """One panel for each study, with its finding as title. Means over seeds; seeds are pale."""
+    mean = common.average(runs)
+    figure = Figure((12, 7.5), layout="constrained")
     axes = figure.subplots(2, 3).flat
-    for ax, study in zip(axes, studies, strict=False):
-        points = {p["method"]: p for p in results["points"] if p["study"] == study}
-        DRAW[study](ax, results, points)
+    for ax, study in zip(axes, mean["config"]["studies"], strict=False):
+        seeds = [
+            {p["method"]: p for p in run["points"] if p["study"] == study}
+            for run in (mean, *(runs if len(runs) > 1 else []))
+        ]
+        ax.set_title(DRAW[study](ax, mean, *seeds), fontsize="medium")
     for ax in list(axes):
         ax.set_axis_off()
-    cfg = results["config"]
-    figure.suptitle(f"{cfg['data']}, seed {cfg['seed']}")
+    figure.suptitle(common.title(runs))
     return figure
 
 
-def colour(name: str) -> str:
+def color_of(name: str) -> str:
     return ORANGE if name.startswith(("dpo", "offline")) and name != "dpop" else BLUE
 
 
-def draw_noise(ax, results: dict, points: dict):
-    common.draw_optimum(ax, results, "gain", 1.5 * max(p["kl"] for p in points.values()))
+def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], **style: object):
+    """Each method at (x, y), labelled; its seeds pale."""
     for name, p in points.items():
-        fill = "none" if "clean" in name else None
-        ax.plot(p["kl"], p["gain"], "o", color=colour(name), mfc=fill)
-        common.label(ax, name, p["kl"], p["gain"], xytext=(6, -6))
+        color, fill = color_of(name), "none" if "clean" in name else None
+        ax.plot(p[x], p[y], "o", color=color, mfc=fill)
+        ax.plot(
+            [s[name][x] for s in seeds], [s[name][y] for s in seeds], ".", color=color, alpha=0.4
+        )
+        common.label(ax, name, p[x], p[y], **style)
+
+
+def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
     right = 1.5 * max(p["kl"] for p in points.values())
+    common.draw_optimum(ax, results, "gain", right)
+    dots(ax, "kl", "gain", points, seeds, xytext=(6, -6))
     ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
-    ax.set(xlabel="KL, nats", ylabel="gain, nats", title="a fifth of the labels is flipped")
+    ax.set(xlabel="KL, nats", ylabel="gain, nats")
+    found = {name: p["fraction_of_optimal"] for name, p in points.items()}
+    shown = [f"{name} {x:.2f}" for name, x in found.items() if x is not None]
+    lines = ", ".join(shown[:2]), ", ".join(shown[2:])
+    return "a fifth of the labels is flipped: fraction of the optimum\n" + "\n".join(lines)
 
 
-def draw_certainty(ax, results: dict, points: dict):
-    tau = METHODS["ipo"].strengths()[0]["beta"]
-    ax.axhline(1 / (2 * tau), color="0.6", ls=":")
-    common.label(ax, "IPO's optimum, 1/(2 beta)", 0, 1 / (2 * tau), xytext=(5, 7))
+def draw_certainty(ax, results: dict, points: dict, *seeds: dict) -> str:
+    best = 1 / (2 * METHODS["ipo"].strengths()[0]["beta"])
+    ax.axhline(best, color="0.6", ls=":")
+    common.label(ax, "IPO's optimum, 1/(2 beta)", 0, best, xytext=(5, 7))
+    ends = {}
     for name, p in points.items():
         h = np.subtract(p["A"], p["B"])
-        ax.plot(h, "o-", color=colour(name), ms=4)
+        for seed in seeds:
+            ax.plot(np.subtract(seed[name]["A"], seed[name]["B"]), color=color_of(name), alpha=0.3)
+        ax.plot(h, "o-", color=color_of(name), ms=4)
         common.label(ax, name, len(h) - 1, h[-1])
+        ends[name] = h[-1]
     ax.margins(x=0.15)
-    ax.set(
-        xlabel="epoch", ylabel="h, mean over pairs, nats", title="the better response always wins"
+    ax.set(xlabel="epoch", ylabel="h, mean over pairs, nats")
+    return (
+        f"labels without noise: h ends at {ends['dpo']:.1f} nats with DPO,\n"
+        f"at {ends['ipo']:.1f} with IPO, whose optimum is {best:g}"
     )
 
 
-def draw_verbosity(ax, results: dict, points: dict):
-    for name, p in points.items():
-        ax.plot(p["length"], p["gain"], "o", color=colour(name))
-        common.label(ax, name, p["length"], p["gain"])
+def draw_verbosity(ax, results: dict, points: dict, *seeds: dict) -> str:
+    dots(ax, "length", "gain", points, seeds)
     for name, p in results["optima"].items():
         ax.plot(p["length"], p["gain"], "s", color="0.3", mfc="none")
         common.label(ax, name, p["length"], p["gain"], xytext=(5, 8))
     ax.margins(x=0.5)
-    ax.set(xlabel="length, tokens", ylabel="gain, nats", title="labels favour length")
+    ax.set(xlabel="length, tokens", ylabel="gain, nats")
+    longer = {name: p["length"] - results["reference"]["length"] for name, p in points.items()}
+    return (
+        f"labels favour length: responses of DPO are {longer['dpo']:.1f}\n"
+        f"tokens longer than pi_ref's, of R-DPO {longer['r_dpo']:.1f}"
+    )
 
 
-def draw_displacement(ax, results: dict, points: dict):
+def draw_displacement(ax, results: dict, points: dict, *seeds: dict) -> str:
     ax.axhline(0, color="0.8", lw=0.8)
     for name, p in points.items():
         for key, style, y in (("A", "-", "y_w"), ("B", "--", "y_l")):
-            ax.plot(p[key], style, color=colour(name))
+            for seed in seeds:
+                ax.plot(seed[name][key], style, color=color_of(name), alpha=0.3)
+            ax.plot(p[key], style, color=color_of(name))
             common.label(ax, f"{name}, ${y}$", len(p[key]) - 1, p[key][-1])
     ax.margins(x=0.25)
-    ax.set(xlabel="epoch", ylabel=r"change of log $\pi$, nats", title="displacement")
+    ax.set(xlabel="epoch", ylabel=r"change of log $\pi$, nats")
+    return (
+        rf"log $\pi$($y_w$) changes by {points['dpo']['A'][-1]:+.1f} nats with DPO,"
+        "\n"
+        f"by {points['dpop']['A'][-1]:+.1f} with DPO-Positive"
+    )
 
 
-def draw_epochs(ax, results: dict, points: dict):
-    common.draw_optimum(ax, results, "gain", 1.3 * max(p["kl"] for p in points.values()))
-    for name in ("offline", "online"):
-        path = [(p["kl"], p["gain"]) for key, p in points.items() if key.startswith(name)]
-        ax.plot(*zip(*path, strict=True), "o-", color=colour(name), ms=4)
-        common.label(ax, name, *path[-1])
+def draw_epochs(ax, results: dict, points: dict, *seeds: dict) -> str:
     right = 1.3 * max(p["kl"] for p in points.values())
+    common.draw_optimum(ax, results, "gain", right)
+    ends = {}
+    for name in ("offline", "online"):
+        keys = [key for key in points if key.startswith(name)]
+        for one, style in (
+            (points, {"ms": 4}),
+            *((seed, {"ms": 2, "alpha": 0.3}) for seed in seeds),
+        ):
+            path = [(one[key]["kl"], one[key]["gain"]) for key in keys]
+            ax.plot(*zip(*path, strict=True), "o-", color=color_of(name), **style)
+        kl, gain = points[keys[-1]]["kl"], points[keys[-1]]["gain"]
+        common.label(ax, name, kl, gain)
+        ends[name] = f"{gain:.2f} nats at a KL of {kl:.1f}"
     ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
-    ax.set(xlabel="KL, nats", ylabel="gain, nats", title="1, 2, 4, 8 epochs on few prompts")
+    ax.set(xlabel="KL, nats", ylabel="gain, nats")
+    last = keys[-1].split(", ")[1]
+    return f"after {last} epochs, offline gains {ends['offline']},\nonline {ends['online']}"
 
 
-def draw_coverage(ax, results: dict, points: dict):
+def draw_coverage(ax, results: dict, *_: dict) -> str:
     looks = zip(results["coverage"].items(), (BLUE, ORANGE, "0.5", "white"), strict=True)
     for k, ((name, policy), color) in enumerate(looks):
         x = np.arange(4) + 0.2 * k
@@ -418,8 +458,15 @@ def draw_coverage(ax, results: dict, points: dict):
         ax.bar(x, policy["p"], 0.2, color=color, edgecolor="0.2", lw=0.6, label=text)
     names = [f"$y_{i + 1}$, r = {r:g}" for i, r in enumerate(REWARDS)]
     ax.set_xticks(np.arange(4) + 0.3, names, fontsize="small")
-    ax.set(ylim=(0, 1), ylabel="probability", title="pairs ($y_1$, $y_2$) and ($y_3$, $y_4$)")
+    ax.set(ylim=(0, 1), ylabel="probability")
     ax.legend(frameon=False, fontsize="small")
+    apart, bridged = (
+        results["coverage"][name]["gain"] for name in ("two islands", "with a bridge")
+    )
+    return (
+        f"pairs ($y_1$, $y_2$) and ($y_3$, $y_4$) gain {apart:+.2f};\n"
+        f"one more pair, ($y_2$, $y_3$), {bridged:+.2f}"
+    )
 
 
 DRAW = {
@@ -433,7 +480,7 @@ DRAW = {
 
 
 def main(argv: list[str]) -> int:
-    return common.command("ablations.py", __doc__, Config, train.PRESETS, argv, run, table)
+    return common.command("ablations.py", __doc__, Config, train.PRESETS, argv, run, table, draw)
 
 
 if __name__ == "__main__":

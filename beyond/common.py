@@ -56,7 +56,6 @@ class Experiment:
     rewards: Tensor  # (P, K) r* of the completions
     preferences: dpo.Preferences
     eval_set: EvalSet
-    ref_lengths: Tensor  # (P, N) tokens of pi_ref's evaluation samples
     ev: EvalConfig
 
 
@@ -77,18 +76,7 @@ def prepare(cfg: train.Config, stage: Stage, device: torch.device) -> Experiment
     sizes = cfg.ref_samples, min(cfg.eval_samples, cfg.ref_samples), cfg.completions
     ev = EvalConfig(*sizes, cfg.labels, seed)
     eval_set = stage("eval_set", evaluate.make_eval_set, dataset, None, reference, ev, device)
-    lengths = stage("ref_lengths", reference_lengths, dataset, reference, ev, device)
-    return Experiment(cfg, device, dataset, reference, *made, preferences, eval_set, lengths, ev)
-
-
-def reference_lengths(
-    dataset: Dataset, reference: dict, ev: EvalConfig, device: torch.device
-) -> Tensor:
-    """The tokens (P, N) of the samples behind `EvalSet.rewards`, which are drawn again."""
-    pi_ref, tokenizer = load_gpt(reference, device), load_tokenizer(reference["tokens"])
-    how = dataset.eval_prompts, ev.ref_samples, tokenizer, ev.seed, "sampling pi_ref"
-    (_, mask, _), _ = generate(pi_ref, *how)
-    return mask.sum(1).view(-1, ev.ref_samples)
+    return Experiment(cfg, device, dataset, reference, *made, preferences, eval_set, ev)
 
 
 # ------------------------------------------------- training and evaluation
@@ -199,7 +187,7 @@ def best_of_n_rows(r: Tensor, lengths: Tensor) -> list[dict]:
 
 def about(e: Experiment) -> dict:
     """What results.json says about pi_ref, the optimum and the run."""
-    r, lengths = e.eval_set.rewards, e.ref_lengths
+    r, lengths = e.eval_set.rewards, e.eval_set.lengths
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(e.cfg).items()}
     return {
         "config": settings,
@@ -268,6 +256,30 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 # ------------------------------------------------- figures
 
 
+def average(runs: list):
+    """The mean over runs of each number in results.json.
+
+    None where a run has no value. Of what is not a number, the first.
+    """
+    first = runs[0]
+    if None in runs:
+        return None
+    if isinstance(first, dict):
+        return {key: average([run[key] for run in runs]) for key in first}
+    if isinstance(first, list):
+        return [average(list(each)) for each in zip(*runs, strict=False)]
+    if isinstance(first, bool):
+        return all(runs)
+    return float(np.mean(runs)) if isinstance(first, int | float) else first
+
+
+def title(runs: list[dict]) -> str:
+    cfg, n = runs[0]["config"], average([run["pairs"] for run in runs])
+    seeds = ", ".join(str(run["config"]["seed"]) for run in runs)
+    seeds = f"seed{'s' * (len(runs) > 1)} {seeds}"
+    return f"{cfg['data']}, {cfg['labels']} labels, {n:,.0f} pairs, {seeds}"
+
+
 def draw_optimum(ax, results: dict, y: str, right: float):
     """The optimum, best of N, pi_ref, and a shaded region where the optimum cannot be estimated."""
     start = {"gain": 0.0, "p_positive": results["reference"]["p_positive"]}[y]
@@ -301,38 +313,42 @@ def command(
     argv: list[str],
     run: Callable,
     table: Callable,
+    draw: Callable,
 ) -> int:
-    """`--summary DIR DIR ...` prints the table over finished runs. Otherwise run, and print it.
+    """Run an experiment; with `--summary DIR DIR ...`, print the table over finished runs.
 
-    run: (cfg, stage, device) -> (results, figures).
+    run: (cfg, stage, device) -> results. table, draw: a list of results -> Markdown, Figure.
     """
     name = prog.removesuffix(".py")
     if argv[:1] == ["--summary"]:
-        return summarise(prog, [Path(folder) for folder in argv[1:]], table)
+        return summarise(prog, [Path(folder) for folder in argv[1:]], table, draw)
     args, cfg = cli.parse(prog, doc, settings, presets, ["--out", f"out/{name}", *argv])
 
     def work() -> str:
         stage = Stage(args.out)
-        results, figures = run(cfg, stage, args.device)
+        results = run(cfg, stage, args.device)
         results["seconds"] = {key: round(value, 2) for key, value in stage.seconds.items()}
         text = json.dumps(results, indent=1, allow_nan=False)
         atomic_write(args.out / "results.json", f"{text}\n".encode())
         atomic_write(args.out / "table.md", f"{table([results])}\n".encode())
-        for file, figure in figures.items():
-            figure.savefig(args.out / file, dpi=110)
-        shown = f"see {args.out / next(iter(figures))} and {args.out / 'table.md'}"
+        draw([results]).savefig(args.out / "figure.png", dpi=110)
+        shown = f"see {args.out / 'figure.png'} and {args.out / 'table.md'}"
         more = f"next: the same with --seed {cfg.seed + 1} and another --out, then"
         return f"{shown}\n{more} python -m beyond.{name} --summary DIR DIR ..."
 
     return cli.run_cli(prog, args.out, args.debug, work)
 
 
-def summarise(prog: str, folders: list[Path], table: Callable) -> int:
-    """Print the table over finished runs."""
+def summarise(prog: str, folders: list[Path], table: Callable, draw: Callable) -> int:
+    """Print the table over finished runs, and draw their figure beside the first folder."""
     try:
         if not folders:
             raise BadInput("--summary needs the folders of finished runs")
-        print(table([read_results(folder, table) for folder in folders]))
+        runs = [read_results(folder, table) for folder in folders]
+        print(table(runs))
+        path = folders[0].resolve().parent / f"{prog.removesuffix('.py')}.png"
+        draw(runs).savefig(path, dpi=110)
+        print(f"see {path}", file=sys.stderr)
     except BadInput as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return 2

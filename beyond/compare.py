@@ -278,8 +278,8 @@ def held_out_loss(
     return (dpo.mean_weights(held_out.weight) * values).sum().item()
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
-    """Each method at each strength. Returns results.json and the figures."""
+def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
+    """Each method at each strength. Returns results.json."""
     e = common.prepare(cfg, stage, device)
     points = []
     for name in cfg.methods:
@@ -297,8 +297,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
         | common.kept(point)
         for name, hyper, lr, policy, loss, point in points
     ]
-    results = common.about(e) | {"points": rows}
-    return results, {"figure.png": draw(results)}
+    return common.about(e) | {"points": rows}
 
 
 # ------------------------------------------------- the table and the figure
@@ -357,26 +356,34 @@ def family(name: str) -> str:
     return "fresh pairs" if METHODS[name].source in FRESH else "given pairs"
 
 
-def draw(results: dict) -> Figure:
+def draw(runs: list[dict]) -> Figure:
     """The fraction of the attainable gain at two strengths, sorted within families of methods.
 
-    The KL of each run is written next to it. Runs whose optimum cannot be estimated are left out.
+    The mean over seeds is labelled with its KL. Each seed is a small point. Runs whose optimum
+    cannot be estimated in some seed are left out.
     """
     found = {}
-    for p in results["points"]:
-        if p["fraction_of_optimal"] is not None:
-            found.setdefault(p["method"], []).append((p["fraction_of_optimal"], p["kl"]))
-    order = sorted(found, key=lambda name: np.mean(found[name], 0)[0])
+    for points in zip(*(run["points"] for run in runs), strict=True):
+        name, fractions = points[0]["method"], [p["fraction_of_optimal"] for p in points]
+        strength = METHODS[name].strengths().index(points[0]["hyper"])
+        if None not in fractions:
+            kl = np.mean([p["kl"] for p in points])
+            found.setdefault(name, []).append((strength, fractions, np.mean(fractions), kl))
+    order = sorted(found, key=lambda name: np.mean([mean for *_, mean, _ in found[name]]))
     order.sort(key=lambda name: ("no reference", "fresh pairs", "given pairs").index(family(name)))
     figure = Figure((8, 0.34 * len(order) + 1.6), layout="constrained")
     ax = figure.subplots()
     for y, name in enumerate(order):
-        (x, kls), colour = np.transpose(found[name]), ORANGE if name == "dpo" else "0.25"
-        ax.plot(x, [y] * len(x), "-", color="0.8", zorder=0)
-        for i, (fraction, kl) in enumerate(zip(x, kls, strict=True)):
-            ax.plot(fraction, y, "o", color=colour, mfc=colour if i == 0 else "white")
-            style = {"xytext": (0, (5, -11)[i]), "textcoords": "offset points", "ha": "center"}
-            ax.annotate(f"{kl:.1f}", (fraction, y), color="0.5", fontsize=7, **style)
+        color = ORANGE if name == "dpo" else "0.25"
+        means = [mean for *_, mean, _ in found[name]]
+        ax.plot(means, [y] * len(means), "-", color="0.8", zorder=0)
+        for strength, fractions, mean, kl in found[name]:
+            fill, above = (("white", -11), (color, 5))[strength == 0]
+            if len(runs) > 1:
+                ax.plot(fractions, [y] * len(runs), ".", color=color, ms=3, alpha=0.5)
+            ax.plot(mean, y, "o", color=color, mfc=fill)
+            style = {"xytext": (0, above), "textcoords": "offset points", "ha": "center"}
+            ax.annotate(f"{kl:.1f}", (mean, y), color="0.5", fontsize=7, **style)
         if y + 1 == len(order) or family(order[y + 1]) != family(name):
             ax.text(
                 0.01, y + 0.45, family(name), transform=ax.get_yaxis_transform(), style="italic"
@@ -387,18 +394,13 @@ def draw(results: dict) -> Figure:
         ax.plot([], [], "o", color="0.25", mfc=fill, label=label)
     ax.set_yticks(range(len(order)), order)
     ax.set(xlabel="gain divided by the largest gain at the same KL (small numbers: KL, nats)")
-    ax.set(ylim=(-0.7, len(order) + 0.1), title=title(results))
+    ax.set(ylim=(-0.7, len(order) + 0.1), title=common.title(runs))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def title(results: dict) -> str:
-    cfg = results["config"]
-    return f"{cfg['data']}, {cfg['labels']} labels, {results['pairs']:,} pairs, seed {cfg['seed']}"
-
-
 def main(argv: list[str]) -> int:
-    return common.command("compare.py", __doc__, Config, train.PRESETS, argv, run, table)
+    return common.command("compare.py", __doc__, Config, train.PRESETS, argv, run, table, draw)
 
 
 if __name__ == "__main__":

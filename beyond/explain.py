@@ -115,8 +115,8 @@ def part(preferences: Preferences, n: int) -> Preferences:
     return common.subset(preferences, torch.arange(n))
 
 
-def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
-    """Both experiments. Returns results.json and the figure."""
+def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
+    """Both experiments. Returns results.json."""
     e = common.prepare(cfg, stage, device)
     points = []
 
@@ -146,8 +146,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> tuple[dict, dict]:
     rows = [
         one | {"reward_accuracy": accuracy} | common.kept(point) for one, accuracy, point in points
     ]
-    results = common.about(e) | {"points": rows}
-    return results, {"figure.png": draw(results)}
+    return common.about(e) | {"points": rows}
 
 
 def reward_models(cfg: Config, stage: Stage, e, some, n: int, epochs: int) -> tuple:
@@ -206,14 +205,15 @@ def mean_of(run: dict, method: str, n: int, name: str) -> float | None:
     return None if None in found else float(np.mean(found))
 
 
-def draw(results: dict) -> Figure:
+def draw(runs: list[dict]) -> Figure:
     """The fraction of the attainable gain against the number of prompts."""
     figure = Figure((7, 4.5), layout="constrained")
     ax = figure.subplots()
     styles = zip(("o", "s", "^", "v"), (ORANGE, BLUE, "0.2", "0.55"), strict=True)
-    methods = dict.fromkeys(p["method"] for p in results["points"])
+    points = [p for run in runs for p in run["points"]]
+    methods = dict.fromkeys(p["method"] for p in points)
     for method, (marker, color) in zip(methods, styles, strict=False):
-        some = [p for p in results["points"] if p["method"] == method]
+        some = [p for p in points if p["method"] == method]
         shown = [p for p in some if p["fraction_of_optimal"] is not None]
         sizes = dict.fromkeys(p["prompts"] for p in shown)
         means = [
@@ -224,18 +224,20 @@ def draw(results: dict) -> Figure:
         xs = [p["prompts"] for p in shown]
         ax.plot(xs, [p["fraction_of_optimal"] for p in shown], marker, color=color, ms=4, alpha=0.4)
         ax.plot(list(sizes), means, f"{marker}-", color=color)
-        common.label(ax, method, list(sizes)[-1], means[-1], color)
+        above = 5 if method == "DPO" else -5
+        common.label(ax, method, list(sizes)[-1], means[-1], color, xytext=(6, above))
     ax.axhline(1, color="0.6", lw=0.8, ls=":")
-    ax.set(
-        xscale="log", xlabel="prompts, with 6 pairs each", title=f"seed {results['config']['seed']}"
-    )
+    ax.set(xscale="log", xlabel="prompts, with 6 pairs each", title=common.title(runs))
     ax.set(ylabel="fraction of the attainable gain at the same KL")
+    sizes = sorted({p["prompts"] for p in points})
+    ax.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
+    ax.minorticks_off()
     ax.margins(x=0.3)
     return figure
 
 
 def main(argv: list[str]) -> int:
-    return common.command("explain.py", __doc__, Config, figure2.PRESETS, argv, run, table)
+    return common.command("explain.py", __doc__, Config, figure2.PRESETS, argv, run, table, draw)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class EvalSet:
     about: dict[str, float]  # pi_ref's row of results.json
     shown: dict[str, list]  # see `measure`
     rewards: Tensor | None  # (P, N) nats; None if r* is unknown
+    lengths: Tensor  # (P, N) tokens
     pairs: dpo.Preferences
     gap: Tensor | None  # r*(y_w) - r*(y_l) of each pair, (n,) nats
 
@@ -47,13 +48,13 @@ def make_eval_set(dataset, pairs, reference, cfg: EvalConfig, device, infer=LOCA
     samples, shown, values = measure(infer.load(reference, device), dataset.eval_prompts, N, *how)
     about = means_and_errors(values)
     if pairs is not None:
-        return EvalSet(about, shown, None, pairs, None)
+        return EvalSet(about, shown, None, values["length"], pairs, None)
     rewards, used = values["reward"], 16 // K * K
     some = [part.view(-1, N, part.size(1))[:, :used].flatten(0, 1) for part in samples]
     pairs = label_pairs(some, rewards[:, :used].reshape(-1, K), cfg.labels, cfg.seed)
     r = dataset.reward(decode_rows(pairs.ids, load_tokenizer(dataset.tokens)))
     r_w, r_l = r[pairs.pairs.T]
-    return EvalSet(about, shown, rewards, pairs, r_w - r_l)
+    return EvalSet(about, shown, rewards, values["length"], pairs, r_w - r_l)
 
 
 def measure(pi: GPT, prompts, n: int, dataset: Dataset, seed: int, what: str, infer: Inference):
