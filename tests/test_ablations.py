@@ -15,7 +15,6 @@ TINY = (
     "--reviews 200 --sft-steps 8 --prompts 20 --eval-prompts 4 --batch-size 8 --ref-samples 32 "
     "--eval-samples 4 --rounds 2"
 ).split()
-STUDIES = ["displacement", "epochs", "verbosity", "coverage"]
 TOY = data.Dataset(data.toy_tokens(), [], [], [], reward=data.WordReward(data.WEIGHT))
 
 
@@ -23,7 +22,7 @@ TOY = data.Dataset(data.toy_tokens(), [], [], [], reward=data.WordReward(data.WE
 def run(tmp_path_factory):
     """The folder and the results of a tiny run."""
     folder = tmp_path_factory.mktemp("ablations")
-    assert ablations.main([*TINY, "--studies", *STUDIES, "--out", str(folder)]) == 0
+    assert ablations.main([*TINY, "--out", str(folder)]) == 0
     return folder, json.loads((folder / "results.json").read_text())
 
 
@@ -91,9 +90,11 @@ def test_pairs_that_do_not_connect_leave_mass_where_no_reward_is():
 def test_studies_write_a_table_and_a_figure(run):
     """While DPO trains, the margin A - B grows from epoch to epoch."""
     folder, found = run
-    methods = {study: [] for study in STUDIES}
+    methods = {study: [] for study in ablations.STUDIES}
     for p in found["points"]:
         methods[p["study"]].append(p["method"])
+    assert methods["noise"] == ["dpo, clean labels", "dpo", "cdpo", "robust", "ipo"]
+    assert methods["certainty"] == ["dpo", "ipo"]
     assert methods["displacement"] == ["dpo", "dpop"]
     assert methods["epochs"] == ["offline, 1", "offline, 2", "online, 1", "online, 2"]
     assert methods["verbosity"] == ["dpo", "r_dpo", "simpo", "ld_dpo"]
@@ -110,6 +111,19 @@ def test_studies_write_a_table_and_a_figure(run):
 def test_a_second_run_computes_nothing(run):
     folder, _ = run
     made = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
-    argv = [*TINY, "--studies", "displacement", "coverage", "--out", str(folder)]
-    assert ablations.main(argv) == 0
+    assert ablations.main([*TINY, "--out", str(folder)]) == 0
     assert made == {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
+
+
+def test_titles_state_what_was_found_as_the_mean_over_seeds(run):
+    """A second seed, in which DPO's log pi(y_w) falls by 2 nats more."""
+    _, one = run
+    two = json.loads(json.dumps(one))
+    found = [p for p in two["points"] if (p["study"], p["method"]) == ("displacement", "dpo")]
+    found[0]["A"][-1] -= 2
+    mean = found[0]["A"][-1] + 1
+    axes = {ax.get_title(): ax for ax in ablations.draw([one, two]).axes}
+    title = next(title for title in axes if title.startswith(r"log $\pi$"))
+    assert f"changes by {mean:+.1f} nats with DPO" in title
+    ends = [line.get_ydata()[-1] for line in axes[title].lines if line.get_alpha()]
+    assert {mean - 1, mean + 1} <= set(ends)  # of both seeds

@@ -168,10 +168,20 @@ def test_the_table_of_one_seed_has_no_deviation_and_an_unknown_value_is_a_dash()
     assert "±" not in row and row.split("|")[8].strip() == "-"
 
 
-def test_a_summary_is_the_table_over_its_folders(run, capsys):
+def test_a_summary_is_the_table_and_the_figure_over_its_folders(run, capsys):
     folder, _ = run
     assert compare.main(["--summary", str(folder), str(folder)]) == 0
     assert capsys.readouterr().out.strip() == compare.table([results(folder)] * 2)
+    assert (folder.parent / "compare.png").stat().st_size > 10_000
+
+
+def test_figures_over_seeds_show_means():
+    """Numbers are averaged, None and False win, and of anything else the first is kept."""
+    one = {"points": [{"kl": 1.0, "gain": None, "method": "DPO", "reliable": True}]}
+    two = {"points": [{"kl": 2.0, "gain": 3.0, "method": "DPO", "reliable": False}]}
+    assert common.average([one, two]) == {
+        "points": [{"kl": 1.5, "gain": None, "method": "DPO", "reliable": False}]
+    }
 
 
 # ------------------------------------------------- bad input

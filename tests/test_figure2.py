@@ -118,7 +118,7 @@ def test_no_line_is_drawn_across_a_hole_and_the_papers_points_belong_to_imdb():
     run = made_up({"DPO": [(1.0, 1.0), (1.5, 2.0), (4.0, 3.0)]}) | {"pairs": 6}
     for data, papers in (("toy", 0), ("imdb", 2)):
         config = {"data": data, "labels": "bt", "seed": 0}
-        _, gain, p_positive, _ = figure2.draw(run | {"config": config}).axes
+        _, gain, p_positive, _ = figure2.draw([run | {"config": config}]).axes
         lines = [line for line in gain.lines if line.get_color() == figure2.ORANGE]
         joined = [list(line.get_xdata()) for line in lines if line.get_linestyle() == "-"]
         assert joined == [[1.0, 1.5]]

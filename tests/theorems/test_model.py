@@ -17,7 +17,7 @@ from worlds import (
     assert_same,
     enumerated,
     gpt,
-    kl,
+    number,
     responses,
     standard_errors,
 )
@@ -26,7 +26,7 @@ import dpo
 import model
 from model import GPT, GPTConfig
 
-CONFIG = GPTConfig(vocab_size=11, context=9, n_layer=2, n_head=2, n_embd=8)
+CONFIG = GPTConfig(vocab_size=11, context=8, n_layer=2, n_head=2, n_embd=16)
 
 
 # ------------------------------------------------- sampling, in the order of diagnosis
@@ -145,16 +145,6 @@ def test_temperature_flattens_the_next_token(temperature):
     assert_frequencies(ys, [[0], [1], [END]], (logits / temperature).softmax(-1))
 
 
-def test_sampled_kl_estimates_agree_with_enumeration():
-    """5,000 responses of pi_theta  =>  the mean of either estimate is KL(pi_theta, pi_ref) within
-    five standard errors.  pitfall 25"""
-    pi_theta, pi_ref, x, n = gpt(0), gpt(1), [0], 5000
-    ids, mask, _ = model.sample(pi_theta, [x] * n, END, generator=generator())
-    truth = kl(enumerated(pi_theta, x), enumerated(pi_ref, x))
-    for estimate in dpo.sequence_kl(pi_theta, pi_ref, ids, mask):
-        assert_at_most(standard_errors(estimate.mean(), truth, estimate.std() / n**0.5), 5.0)
-
-
 @pytest.mark.parametrize("x", [[], [0] * CONTEXT, [0] * (CONTEXT + 3)])
 def test_prompt_that_leaves_no_response_is_refused(x):
     """len(x) = 0 or the whole context  =>  ValueError, whatever the other prompts.  pitfall 20"""
@@ -162,20 +152,9 @@ def test_prompt_that_leaves_no_response_is_refused(x):
         model.sample(gpt(0), [[0], x], END)
 
 
-def sharp_gpt(seed: int = 0, scale: float = 20.0) -> GPT:
-    """A larger random GPT in float64 whose next-token distributions are far from uniform."""
-    torch.manual_seed(seed)
-    pi = GPT(CONFIG).double()
-    with torch.no_grad():
-        for p in pi.parameters():
-            if p.ndim == 2:
-                p.mul_(scale**0.5)
-    return pi
-
-
-def greedy(pi: GPT, x: list[int], end: int) -> list[int]:
+def greedy(pi: GPT, x: list[int]) -> list[int]:
     y = []
-    while len(x) + len(y) < CONFIG.context and end not in y:
+    while len(x) + len(y) < pi.config.context and END not in y:
         y.append(int(pi(torch.tensor([x + y]))[0, -1].argmax()))
     return y
 
@@ -183,46 +162,38 @@ def greedy(pi: GPT, x: list[int], end: int) -> list[int]:
 def test_at_temperature_zero_each_row_is_the_greedy_response():
     """Prompts of every length in one batch, T -> 0  =>  each row is the greedy response to its own
     prompt, found without cache or batch.  pitfall 26"""
-    pi = sharp_gpt(3)
-    prompts = [torch.randint(0, 10, (1 + n % 8,)).tolist() for n in range(40)]
-    ids, mask, _ = model.sample(pi, prompts, 2, 1e-6)
+    pi = gpt(11, context=9, n_layer=2)
+    torch.manual_seed(0)
+    prompts = [torch.randint(0, V, (1 + n % 8,)).tolist() for n in range(40)]
+    ids, mask, _ = model.sample(pi, prompts, END, 1e-6)
     found = [row[inside].tolist() for row, inside in zip(ids, mask, strict=True)]
-    assert found == [greedy(pi, x, 2) for x in prompts]
-    assert any(y[-1] == 2 for y in found) and any(y[-1] != 2 for y in found)
+    assert found == [greedy(pi, x) for x in prompts]
+    assert any(y[-1] == END for y in found) and any(y[-1] != END for y in found)
 
 
 def test_end_token_inside_a_prompt_does_not_end_the_response():
     """x contains the end token  =>  y is sampled as usual.  pitfall 11"""
-    _, mask, _ = model.sample(sharp_gpt(1, 5.0), [[0, 0], [0]] * 50, 0, generator=generator())
+    _, mask, _ = model.sample(gpt(0), [[END, END], [END]] * 50, END, generator=generator())
     assert mask.sum(1).max() > 1
 
 
 def test_token_of_probability_zero_is_never_drawn():
     """Two tokens share all the probability  =>  no other is drawn, and each half of the time"""
-    pi = sharp_gpt()
-    with torch.no_grad():
-        pi.ln_f.weight.zero_()
-        pi.ln_f.bias.copy_(torch.eye(8)[0])
-        pi.wte.weight[:, 1:] = 0.0
-        pi.wte.weight[:, 0] = -1e4
-        pi.wte.weight[[2, 5], 0] = 0.0
+    pi, logits = GPT(CONFIG), torch.full((11,), -1e4)
+    logits[[2, 5]] = 0.0
+    pi.head = lambda h: logits.expand(len(h), -1)
     ids, mask, _ = model.sample(pi, [[1]] * 300, 0, generator=generator())
-    share = (ids[mask] == 2).double().mean()
-    assert set(ids[mask].tolist()) == {2, 5}
-    assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(mask.sum())
-
-
-def test_same_generator_draws_the_same_responses():
-    """Equal seeds  =>  equal samples; another seed  =>  others"""
-    pi, prompts = sharp_gpt(scale=5.0), [[1], [2, 3]] * 20
-    one, two, three = (model.sample(pi, prompts, 0, generator=generator(s))[0] for s in (1, 1, 2))
-    assert torch.equal(one, two) and not torch.equal(two, three)
+    assert_frequencies(ids[mask][:, None].tolist(), [[2], [5]], number([0.5, 0.5]))
 
 
 def test_sampling_draws_from_its_own_generator_only():
-    """A generator is given  =>  the global random state is untouched.  pitfall 18"""
+    """A generator is given  =>  equal seeds give equal samples, another seed gives others, and the
+    global random state is untouched.  pitfall 18"""
     pi, state = gpt(0), torch.get_rng_state()
-    model.sample(pi, PROMPTS, END, generator=generator())
+    one, two, three = (
+        model.sample(pi, PROMPTS * 20, END, generator=generator(seed))[0] for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(two, three)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -232,15 +203,14 @@ def test_sampling_draws_from_its_own_generator_only():
 def test_architecture_is_gpt2s():
     """GPT-2's parameters by count, and its function written again: pre-LayerNorm, fused attention,
     tanh-GELU, tied output matrix"""
-    pi = sharp_gpt()
-    vocab, T, L, C = CONFIG.vocab_size, CONFIG.context, CONFIG.n_layer, CONFIG.n_embd
-    expected = vocab * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    pi, C, T, L = gpt(0, n_layer=2), 16, CONTEXT, 2
+    expected = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
     assert sum(p.numel() for p in pi.parameters()) == expected
-    ids = torch.randint(0, vocab, (3, T))
+    ids = torch.tensor([[0, 1, 1, 0], [1, END, 0, 0]])
     x = pi.wte(ids) + pi.wpe(torch.arange(T))
     for block in pi.h:
         split = block.attn.c_attn(block.ln_1(x)).split(C, -1)
-        q, k, v = (h.unflatten(-1, (CONFIG.n_head, -1)).transpose(1, 2) for h in split)
+        q, k, v = (h.unflatten(-1, (2, -1)).transpose(1, 2) for h in split)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
         h = block.mlp.c_fc(block.ln_2(x))
@@ -265,14 +235,13 @@ def test_initial_weights_have_gpt2s_scale():
             assert abs(p.std() / expected - 1) < 0.05, name
 
 
-@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1], [1, 2, 1], [4]])
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [1, 2, 1]])
 def test_cached_logits_are_the_uncached_ones(sizes):
     """Tokens in one call, or in pieces with a cache  =>  the same logits.  pitfall 26"""
     pi, ids = gpt(0), torch.tensor([[0, 1, 1, 0], [1, END, 0, 0]])
     cache, start, parts = pi.new_cache(2), 0, []
     for size in sizes:
-        h = pi.hidden(ids[:, start : start + size], cache, start)
-        parts.append(pi.head(h))
+        parts.append(pi.head(pi.hidden(ids[:, start : start + size], cache, start)))
         start += size
     assert_same(torch.cat(parts, 1), pi(ids))
 
@@ -291,7 +260,7 @@ def test_bfloat16_changes_logits_by_rounding_alone_and_weights_not_at_all():
     """bf16 is set  =>  logits in bfloat16 close to those in float32, weights float32.
     pitfalls 14, 16"""
     torch.manual_seed(0)
-    pi, ids = GPT(GPTConfig(V, 8, 2, 2, 16)), torch.tensor([[0, 1, 0, END]])
+    pi, ids = GPT(CONFIG), torch.tensor([[0, 1, 0, END]])
     exact = pi(ids)
     pi.bf16 = True
     low = pi(ids)

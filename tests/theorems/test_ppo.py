@@ -57,6 +57,13 @@ def drawn_tokens(x, seed: int, length: int = CONTEXT):
     return mask, *(uniform(mask.shape, -1.0, 1.0, seed + k).masked_fill(~mask, 0.0) for k in (0, 1))
 
 
+def listed(pi, pi_ref, x, r, beta):
+    """Mask, token log-probabilities and token rewards of every response to x, (N, T) each."""
+    ids, mask = rows(x, responses(x))
+    logps, ref_logps = (dpo.response_logps(model, ids, mask) for model in (pi, pi_ref))
+    return mask, logps, ppo.token_rewards(r, (logps - ref_logps).detach(), mask, beta)
+
+
 # ------------------------------------------------- rewards and advantages
 
 
@@ -64,14 +71,11 @@ def drawn_tokens(x, seed: int, length: int = CONTEXT):
 def test_token_rewards_sum_to_the_integrand_of_the_objective(x):
     """sum_t r_t = r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ), with r at the last token.  Eq. 3"""
     pi, pi_ref, r, beta = gpt(0), gpt(1), drawn_reward(x, 2), 0.7
-    ids, mask = rows(x, responses(x))
-    log_ratio = (dpo.response_logps(pi, ids, mask) - dpo.response_logps(pi_ref, ids, mask)).detach()
-    found = ppo.token_rewards(r, log_ratio, mask, beta)
+    mask, _, found = listed(pi, pi_ref, x, r, beta)
     assert_same(found.sum(-1), r - beta * (enumerated(pi, x) - enumerated(pi_ref, x)))
     assert (found[~mask] == 0).all()
-    last = torch.tensor([len(x) + len(y) - 1 for y in responses(x)])
-    reward_alone = ppo.token_rewards(r, 0 * log_ratio, mask, beta)
-    assert_same(reward_alone[torch.arange(len(r)), last], r)
+    _, _, reward_alone = listed(pi, pi, x, r, beta)
+    assert_same(reward_alone[range(len(r)), [len(x) + len(y) - 1 for y in responses(x)]], r)
 
 
 @given(seed=seeds, lam=lams)
@@ -87,14 +91,6 @@ def test_gae_is_its_definition(seed, lam):
         for t in range(6):
             expected = sum(lam ** (u - t) * delta[u] for u in tokens if u >= t)
             assert_same(found[i, t], expected if t in tokens else 0.0)
-
-
-@given(seed=seeds)
-def test_gae_at_one_is_the_reward_to_come_minus_the_value(seed):
-    """lam = 1  =>  A_t = sum_{u >= t} r_u - V_t"""
-    mask, r, V_ = drawn_tokens([0], seed)
-    to_come = r.flip(-1).cumsum(-1).flip(-1)
-    assert_same(ppo.gae(r, V_, mask, 1.0), (to_come - V_).masked_fill(~mask, 0.0))
 
 
 @given(seed=seeds, scale=st.integers(1, 8), shift=st.integers(-8, 8))
@@ -135,23 +131,18 @@ def exact_gradient(pi, pi_ref, x, r, beta):
 
 def estimated_gradient(pi, pi_ref, values, x, r, beta, lam):
     """The mean over every response, by its probability, of the gradient of its surrogate."""
-    ids, mask = rows(x, responses(x))
-    logps = dpo.response_logps(pi, ids, mask)
+    mask, logps, rewards = listed(pi, pi_ref, x, r, beta)
     old_logps = logps.detach()
-    log_ratio = old_logps - dpo.response_logps(pi_ref, ids, mask).detach()
-    advantages = ppo.gae(ppo.token_rewards(r, log_ratio, mask, beta), values, mask, lam)
-    each = ppo.surrogate(logps, old_logps, advantages, 0.2)
+    each = ppo.surrogate(logps, old_logps, ppo.gae(rewards, values, mask, lam), 0.2)
     return torch.autograd.grad((old_logps.sum(-1).exp() * each).sum(), list(pi.parameters()))
 
 
 def exact_values(pi, pi_ref, x, r, beta):
     """V(x, y_<t): the mean reward to come of the responses that begin with y_<t, (N, T)."""
     ys = responses(x)
-    ids, mask = rows(x, ys)
-    logps, ref_logps = (dpo.response_logps(model, ids, mask).detach() for model in (pi, pi_ref))
-    rewards = ppo.token_rewards(r, logps - ref_logps, mask, beta)
+    _, logps, rewards = listed(pi, pi_ref, x, r, beta)
     to_come = rewards.flip(-1).cumsum(-1).flip(-1)
-    p, values = logps.sum(-1).exp(), torch.zeros_like(logps)
+    p, values = logps.detach().sum(-1).exp(), torch.zeros_like(rewards)
     for i, y in enumerate(ys):
         for t in range(len(y)):
             same = torch.tensor([other[:t] == y[:t] and len(other) > t for other in ys])
@@ -178,7 +169,7 @@ def test_policy_gradient_is_unbiased_for_every_critic(x):
         assert distance(found, exact_gradient(pi, pi_ref, x, r, 0.6)) < 1e-9
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("lam", [0.0, 0.95])
 def test_policy_gradient_is_unbiased_at_every_lam_if_the_critic_is_exact(lam):
     """V exact  =>  unbiased at every lam; V wrong and lam < 1  =>  biased.  Eq. 3"""
     x, pi, pi_ref = [0], gpt(0), gpt(1)
@@ -190,28 +181,15 @@ def test_policy_gradient_is_unbiased_at_every_lam_if_the_critic_is_exact(lam):
     assert distance(estimated_gradient(pi, pi_ref, values, x, r, 0.6, lam), exact) < 1e-9
 
 
-def test_gradient_of_the_surrogate_at_the_old_policy_is_the_policy_gradient():
-    """pi_theta = pi_old  =>  grad surrogate = sum_t A_t grad log pi(y_t|.), for each response"""
-    pi, (ids, mask) = gpt(0), rows([0], responses([0]))
-    A = uniform(mask.shape, -1.0, 1.0, 7).masked_fill(~mask, 0.0)
-    logps = dpo.response_logps(pi, ids, mask)
-    found = ppo.surrogate(logps, logps.detach(), A, 0.2)
-    for left, right in zip(found, (A * logps).sum(-1), strict=True):
-        gradients = [
-            torch.autograd.grad(side, list(pi.parameters()), retain_graph=True)
-            for side in (left, right)
-        ]
-        assert distance(*gradients) < 1e-9
-
-
 @given(seed=seeds)
 def test_surrogate_is_clipped_from_above_and_its_gradient_stops_there(seed):
-    """min(rho A, clip(rho) A) <= rho A; no gradient iff rho is beyond the clip on A's side"""
-    log_rho = uniform((40,), -1.0, 1.0, seed).requires_grad_()
-    A = uniform((40,), -1.0, 1.0, seed + 1)
-    found = ppo.surrogate(log_rho[:, None], torch.zeros(40, 1), A[:, None], 0.2)
+    """min(rho A, clip(rho) A) <= rho A, summed over tokens; no gradient iff rho is beyond the clip
+    on A's side, and elsewhere rho A, which at pi_theta = pi_old is the policy gradient's weight"""
+    log_rho = uniform((10, 4), -1.0, 1.0, seed).requires_grad_()
+    A = uniform((10, 4), -1.0, 1.0, seed + 1)
+    found = ppo.surrogate(log_rho, torch.zeros(10, 4), A, 0.2)
     rho = log_rho.exp()
-    assert_at_most(found, rho * A)
+    assert_at_most(found, (rho * A).sum(1))
     (gradient,) = torch.autograd.grad(found.sum(), log_rho)
     stopped = ((A > 0) & (rho > 1.2)) | ((A < 0) & (rho < 0.8))
     assert_same(gradient, torch.where(stopped, 0.0, rho * A))
@@ -223,18 +201,10 @@ def test_surrogate_is_clipped_from_above_and_its_gradient_stops_there(seed):
 def test_value_model_starts_at_zero_from_the_policys_weights():
     pi = gpt(0)
     r_phi = ppo.ValueModel(pi)
-    assert distance(list(r_phi.gpt.parameters()), list(pi.parameters())) == 0
+    assert distance(r_phi.gpt.parameters(), pi.parameters()) == 0
     assert r_phi.gpt.wte.weight is not pi.wte.weight
     assert (r_phi(torch.tensor([[0, 1]])) == 0).all()
     assert r_phi.value.weight.dtype == torch.float64
-
-
-def test_value_at_the_last_token_ignores_padding():
-    """y of n tokens after x of m tokens  =>  the value at m + n - 1, however long the row is"""
-    _, mask = rows([1, 0], responses([1, 0]), length=7)
-    values = torch.arange(7.0).expand(len(mask), 7)
-    expected = [1.0 + len(y) for y in responses([1, 0])]
-    assert ppo.at_last_token(values, mask).tolist() == expected
 
 
 def test_reward_loss_is_equation_2():
@@ -254,34 +224,25 @@ def test_reward_loss_is_equation_2():
     assert_same(ppo.pair_accuracy(r_phi, batch, batch_size=3), expected)
 
 
-@lru_cache
-def learnable() -> dpo.Preferences:
-    """Pairs whose better response has more of token 1."""
-    found = []
+def test_fitted_reward_orders_pairs_and_is_the_best_one_evaluated():
+    """A learnable reward  =>  learned. Of all evaluations, four per epoch, the best is returned,
+    also before or after a diverged run"""
+    found = []  # the better response has more of token 1
     for n in range(80):
         x = PROMPTS[n % 2]
         ys = responses(x)
-        y, other = ys[n % len(ys)], ys[(3 * n + 1) % len(ys)]
-        if y.count(1) != other.count(1):
-            y_l, y_w = sorted((y, other), key=lambda y: y.count(1))
+        y_l, y_w = sorted((ys[n % len(ys)], ys[(3 * n + 1) % len(ys)]), key=lambda y: y.count(1))
+        if y_w.count(1) > y_l.count(1):
             found.append({"prompt": n, "x": x, "y_w": y_w, "y_l": y_l, "weight": 1.0})
-    return preferences(found, gpt(0))
-
-
-def test_fitted_reward_orders_pairs_and_is_the_best_one_evaluated():
-    """A learnable reward  =>  learned. Of all evaluations, four per epoch, the best is returned,
-    also after a diverged run; more epochs give more evaluations"""
-    data = learnable()
-    best, evaluations = ppo.fit_reward(gpt(0), data, (30.0, 3e-2), 8, 0, epochs=2)
-    assert [e["lr"] for e in evaluations] == [30.0] * 8 + [3e-2] * 8
-    assert ppo.pair_accuracy(best, data) >= 0.9
-    assert max(e["accuracy"] for e in evaluations) >= 0.9
+    data = preferences(found, gpt(0))
     assert ppo.pair_accuracy(ppo.ValueModel(gpt(0)), data) == 0.5
-    other_order, _ = ppo.fit_reward(gpt(0), data, (3e-2, 30.0), 8, 0, epochs=2)
-    assert ppo.pair_accuracy(other_order, data) >= 0.9
-    r = ppo.reward_of(best)(data.ids, data.mask)
-    r_w, r_l = r[data.pairs].T
-    assert (r_w > r_l).double().mean() >= 0.9 and r.shape == (len(data.ids),)
+    for lrs in ((30.0, 3e-2), (3e-2, 30.0)):
+        best, evaluations = ppo.fit_reward(gpt(0), data, lrs, 8, 0, epochs=2)
+        assert [e["lr"] for e in evaluations] == [lrs[0]] * 8 + [lrs[1]] * 8
+        assert ppo.pair_accuracy(best, data) >= 0.9
+        assert max(e["accuracy"] for e in evaluations) >= 0.9
+    r_w, r_l = ppo.reward_of(best)(data.ids, data.mask)[data.pairs].T
+    assert (r_w > r_l).double().mean() >= 0.9
     assert not any(p.requires_grad for p in best.parameters())
 
 
@@ -398,7 +359,7 @@ def test_value_model_approaches_the_exact_values():
         ppo.update(pi_theta, critic, optimizers, sampled, config, False, generator)
     for x, start in zip(PROMPTS, before, strict=True):
         assert error(x) < start / 5
-    assert distance(list(pi_theta.parameters()), list(gpt(3).parameters())) == 0
+    assert distance(pi_theta.parameters(), gpt(3).parameters()) == 0
 
 
 def test_policy_learns_only_after_the_warmup_of_the_critic():
@@ -408,20 +369,20 @@ def test_policy_learns_only_after_the_warmup_of_the_critic():
     config = replace(LONG, iterations=4, batch_size=8, critic_warmup=2)
     moved = []
     for pi_theta, _ in ppo.ppo(pi_ref, critic, PROMPTS * 8, true_reward, END, config, 0):
-        moved.append(distance(list(pi_theta.parameters()), list(gpt(0).parameters())) > 0)
+        moved.append(distance(pi_theta.parameters(), gpt(0).parameters()) > 0)
     assert moved == [False, False, True, True]
-    assert distance(list(pi_ref.parameters()), list(gpt(0).parameters())) == 0
-    assert distance(list(critic.parameters()), list(ppo.ValueModel(gpt(0)).parameters())) == 0
+    assert distance(pi_ref.parameters(), gpt(0).parameters()) == 0
+    assert distance(critic.parameters(), ppo.ValueModel(gpt(0)).parameters()) == 0
 
 
 def test_a_seed_determines_the_policy():
     """The same seed  =>  the same parameters. Another seed  =>  others, also with a single prompt,
     where only the samples can differ"""
     config = replace(LONG, iterations=2, batch_size=8)
-    a, b = (list(train(config, seed)[0].parameters()) for seed in (1, 1))
+    a, b = (train(config, seed)[0].parameters() for seed in (1, 1))
     assert distance(a, b) == 0
     for prompts in (PROMPTS, [[0]]):
-        a, b = (list(train(config, seed, prompts)[0].parameters()) for seed in (1, 2))
+        a, b = (train(config, seed, prompts)[0].parameters() for seed in (1, 2))
         assert distance(a, b) > 0
 
 
@@ -432,15 +393,12 @@ def trained():
 
 def test_ppo_with_the_true_reward_approaches_the_optimal_policy(trained):
     """PPO-GT, beta fixed  =>  KL(pi_theta, tilt) < KL(pi_ref, tilt) / 30.  Eq. 4"""
-    pi_theta, _ = trained
-    assert distance_from_optimum(pi_theta) < 1 / 30
+    assert distance_from_optimum(trained[0]) < 1 / 30
 
 
-@pytest.mark.parametrize(
-    "options", [{"whiten": True, "lr": 3e-3}, {"lam": 1.0, "critic_warmup": 5}], ids=str
-)
-def test_ppo_approaches_the_optimal_policy_with_other_options(options):
-    """Whitening; lam = 1 with critic warm-up  =>  KL(pi_theta, tilt) <= KL(pi_ref, tilt) / 10"""
+def test_ppo_approaches_the_optimal_policy_with_other_options():
+    """Whitening, lam = 1 and critic warm-up  =>  KL(pi_theta, tilt) <= KL(pi_ref, tilt) / 10"""
+    options = dict(whiten=True, lr=3e-3, lam=1.0, critic_warmup=5)
     pi_theta, _ = train(replace(LONG, batch_size=256, **options))
     assert distance_from_optimum(pi_theta) < 1 / 10
 
@@ -460,9 +418,9 @@ def test_metrics_are_what_enumeration_says(trained):
     assert metrics["beta"] == 1.0 and 0 <= metrics["clip_fraction"] < 0.2
 
 
-@pytest.mark.parametrize("target", [0.1, 0.4])
-def test_controller_finds_its_target(target):
+def test_controller_finds_its_target():
     """beta adapted  =>  KL(pi_theta, pi_ref) ends within a fifth of the target"""
+    target = 0.1
     beta = ppo.initial_beta(target)
     pi_theta, _ = train(replace(LONG, batch_size=256, beta=beta, target_kl=target))
     assert abs(exact_kl(pi_theta) - target) < 0.2 * target
