@@ -478,7 +478,7 @@ def draw_methods(ax, results: dict, y: str, end: float):
                 ax.plot(*zip(a, b, strict=True), color=color, lw=1)
         ends.append((ys[-1], xs[-1], method, color))
     lowest = -np.inf
-    low, high = min(e[0] for e in ends), max(e[0] for e in ends)
+    low, high = (f((e[0] for e in ends), default=0.0) for f in (min, max))
     for y_end, x_end, method, color in sorted(ends):  # labels keep a distance
         lowest = max(y_end, lowest + 0.05 * (high - low))
         common.label(ax, method, x_end, lowest, color, xytext=(7, 0))

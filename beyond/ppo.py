@@ -23,7 +23,8 @@ Departures from Ziegler et al. (Z) and Ouyang et al. (O):
   scales them.
 - A response ends with the end token or at the end of the context (Z: a fixed length, and a penalty
   if no sentence ends). Sampling is at temperature 1 (Z: lower), and gamma is 1.
-- No pre-training loss (O: "PPO-ptx"), no dropout. Gradients are clipped to norm 1.
+- No pre-training loss (O: "PPO-ptx"), no dropout. Gradients are clipped to norm 1. The logit bias
+  of `model.GPT` is not trained.
 """
 
 import copy
@@ -316,6 +317,8 @@ def ppo(
     share of tokens whose ratio was clipped.
     """
     pi_theta, critic = (copy.deepcopy(m).requires_grad_(True) for m in (pi_ref, critic))
+    if pi_theta.bias is not None:
+        pi_theta.bias.requires_grad_(False)  # its scale suits SGD; Adam's steps would be too long
     optimizers = adamw(pi_theta, config.lr), adamw(critic, config.critic_lr)
     multiplier = linear_warmup_decay(config.iterations)
     rng = random.Random(seed)
