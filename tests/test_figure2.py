@@ -137,11 +137,15 @@ def test_ppo_s_beta_is_in_nats_of_the_reward():
 
         return reward, figure2.ValueModel(figure2.load_gpt(reference, device))
 
-    curves, some = [], two_words()
+    curves, some, start = [], two_words(), checkpoint()
+    start["config"]["bias_scale"] = 80.0
+    start["weights"]["bias"] = torch.zeros(start["config"]["vocab_size"])
     for scale in (1.0, 10.0):
         config = PPOConfig(iterations=2, batch_size=8, beta=0.3 * scale)
         args = common.prompts_of(some), (some.ids, some.mask), config, 0, CPU
-        curves.append(figure2.train_ppo(make, scale, checkpoint(), *args)["curves"])
+        policy = figure2.train_ppo(make, scale, start, *args)
+        curves.append(policy["curves"])
+        assert not policy["weights"]["bias"].any()  # the logit bias is not trained
     for one, ten in zip(*curves, strict=True):
         assert one == pytest.approx(ten, rel=0.05, abs=1e-3)
     std = some.ids.eq(300).any(1).float().std().item()
