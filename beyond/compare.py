@@ -316,9 +316,9 @@ COLUMNS = {
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: one row for each method and strength, mean and standard deviation over seeds.
+    """Markdown: each method at each strength, and the mean fraction of each next to DPO's.
 
-    Raises BadInput if the runs are not of the same methods.
+    Mean and standard deviation over seeds. Raises BadInput if the runs are not of the same methods.
     """
     named = [[(p["method"], p["hyper"]) for p in run["points"]] for run in runs]
     if any(each != named[0] for each in named):
@@ -333,7 +333,25 @@ def table(runs: list[dict]) -> str:
         name = points[0]["method"] + r"\*" * (points[0]["method"] in NO_REFERENCE)
         at = ", ".join(f"{key} {value:g}" for key, value in points[0]["hyper"].items())
         rows.append([name, at, *(common.cell([p[key] for p in points]) for key in COLUMNS)])
-    return common.markdown(head, rows)
+    head_2 = ["method", "fraction, mean over strengths", "DPO minus this, 95% CI", "DPO above this"]
+    return f"{common.markdown(head, rows)}\n\n{common.markdown(head_2, fraction_rows(runs))}"
+
+
+def fraction_rows(runs: list[dict]) -> list[list[str]]:
+    """Fractions are means over the strengths at which all seeds have one."""
+    found = {}
+    for points in zip(*(run["points"] for run in runs), strict=True):
+        fractions = [p["fraction_of_optimal"] for p in points]
+        if None not in fractions:
+            found.setdefault(points[0]["method"], []).append(fractions)
+    rows, means = [], {name: np.mean(fractions, 0) for name, fractions in found.items()}
+    for name, mean in sorted(means.items(), key=lambda item: -item[1].mean()):
+        row = [name, common.cell(mean.tolist())]
+        if "dpo" in means and name != "dpo":
+            differences = (means["dpo"] - mean).tolist()
+            row += [common.interval_cell(differences), common.verdict(differences)]
+        rows.append([*row, *[""] * (4 - len(row))])
+    return rows
 
 
 def reference_cells(runs: list[dict]) -> list[str]:

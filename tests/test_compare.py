@@ -156,16 +156,30 @@ def made_up(gain: float, fraction: float | None, method: str = "simpo") -> dict:
 
 
 def test_the_table_has_mean_and_standard_deviation_over_seeds():
-    row = compare.table([made_up(1.0, 0.9), made_up(2.0, 0.7), made_up(3.0, 0.8)]).splitlines()[-1]
+    runs = [made_up(1.0, 0.9), made_up(2.0, 0.7), made_up(3.0, 0.8)]
+    *_, row, _, head, _, last = compare.table(runs).splitlines()
+    assert head.startswith("| method | fraction") and last == "| simpo | 0.80 ± 0.10 |  |  |"
     assert row.startswith(r"| simpo\* | beta 2, gamma 0.5 | 2.00 ± 1.00 | 1.00 ± 0.00 |")
     assert "| 0.80 ± 0.10 |" in row and row.endswith("| - |")
 
 
 def test_the_table_of_one_seed_has_no_deviation_and_an_unknown_value_is_a_dash():
-    reference, optimum, _, row = compare.table([made_up(1.0, None)]).splitlines()[2:]
+    reference, optimum, _, row = compare.table([made_up(1.0, None)]).splitlines()[2:6]
     assert reference.startswith("| pi_ref |  | 0.00 | 0.00 | 0.40 | 6.00 | 0.50 | - |")
     assert optimum.startswith("| optimum | beta 1 | 2.00 | 0.50 | 0.90 | 7.00 | - |")
     assert "±" not in row and row.split("|")[8].strip() == "-"
+
+
+def test_fractions_are_compared_with_dpos_over_the_strengths_that_all_seeds_have():
+    runs = []
+    for dpo, ipo in ((0.97, 0.90), (0.98, 0.92), (0.96, 0.88)):
+        fractions = [("dpo", dpo), ("dpo", dpo - 0.02), ("ipo", ipo), ("ipo", None)]
+        points = [{"method": name, "fraction_of_optimal": x} for name, x in fractions]
+        runs.append({"points": points})
+    assert compare.fraction_rows(runs) == [
+        ["dpo", "0.96 ± 0.01", "", ""],
+        ["ipo", "0.90 ± 0.02", "+0.060 [+0.035, +0.085]", "seen"],
+    ]
 
 
 def test_a_summary_is_the_table_and_the_figure_over_its_folders(run, capsys):
