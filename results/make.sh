@@ -13,8 +13,9 @@ for seed in 0 1 2; do
     python -m beyond.judge results/imdb-$seed ${IMDB:+--imdb "$IMDB"}
     python -m beyond.explain --seed $seed --out results/explain-$seed
     python -m beyond.compare --seed $seed --out results/compare-$seed
+    python -m beyond.ablations --seed $seed --out results/ablations-$seed
     python -m beyond.figure2 --seed $seed --out results/figure2-$seed
 done
-python -m beyond.figure2 --summary results/figure2-[0-9]   # the tables of results/figure2.md
-python -m beyond.explain --summary results/explain-[0-9]   # results/explain.md
-python -m beyond.ablations --out results/ablations
+for name in figure2 explain compare ablations; do   # the tables of results/$name.md, and results/$name.png
+    python -m beyond.$name --summary results/$name-[0-9]
+done
