@@ -10,7 +10,7 @@ import pytest
 
 import dpo
 import train
-from beyond import common, explain, page
+from beyond import common, compare, explain, page
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,6 +69,23 @@ def test_the_fractions_of_dpo_and_ppo_are_those_of_their_results():
     pairs = [[explain.fractions(run, m, 1000) for m in (class_, "PPO")] for run in runs]
     gained = [a - b for a, b in pairs]
     assert all(n in text for n in re.findall(r"[+-]\d\.\d+", common.interval_cell(gained)))
+
+
+def test_the_differences_to_other_losses_are_those_of_their_results():
+    """beyond/README.md, from results/compare.md"""
+    text = " ".join((ROOT / "beyond/README.md").read_text(encoding="utf-8").split())
+    lines = (ROOT / "results/compare.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    verdicts = {
+        row[0]: row[2:]
+        for row in rows
+        if len(row) == 4 and row[3] in ("seen", "no difference seen")
+    }
+    assert len(verdicts) == len(compare.METHODS) - 1
+    for name, (interval, verdict) in verdicts.items():
+        assert (f"{name} {interval}" in text) == (verdict == "seen"), name
+    z_0 = {row[0]: row[10].split()[0] for row in rows if len(row) == 11 and row[0][:3] == "kto"}
+    assert z_0["kto"] == "0.00" and f"and {z_0['kto_samples']}" in text
 
 
 def test_the_judges_table_is_that_of_its_results():
