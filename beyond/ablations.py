@@ -331,7 +331,52 @@ def table(runs: list[dict]) -> str:
         rows.append(["verbosity", name, gain, "-", "-", length, "-", "-", "-"])
     for name, policy in (runs[0]["coverage"] or {}).items():
         rows.append(["coverage", name, f"{policy['gain']:.2f}", *["-"] * 6])
-    return common.markdown(["study", "method", *COLUMNS.values(), "A", "B"], rows)
+    every = common.markdown(["study", "method", *COLUMNS.values(), "A", "B"], rows)
+    head = ["study", "claim", "difference, 95% CI", "verdict"]
+    return f"{every}\n\n{common.markdown(head, claim_rows(runs))}"
+
+
+FRACTION = "fraction_of_optimal"
+CLAIMS = (  # study; a method, and one that is expected to have less of a metric; the metric
+    ("noise", "dpo, clean labels", "dpo", FRACTION),
+    ("noise", "dpo, clean labels", "dpo", "gain"),
+    ("noise", "robust", "dpo", "gain"),
+    ("noise", "cdpo", "dpo", FRACTION),
+    ("noise", "ipo", "dpo", FRACTION),
+    ("certainty", "dpo", "ipo", "h"),
+    ("certainty", "ipo", "dpo", FRACTION),
+    ("verbosity", "dpo", "r_dpo", "length"),
+    ("verbosity", "dpo", "ld_dpo", "length"),
+    ("verbosity", "r_dpo", "dpo", FRACTION),
+    ("displacement", "dpop", "dpo", "A"),
+    ("displacement", "dpop", "dpo", FRACTION),
+    ("epochs", "online, 8", "offline, 8", FRACTION),
+)
+
+
+def claim_rows(runs: list[dict]) -> list[list[str]]:
+    """Differences between two methods of a study that was run, at the end of training."""
+    rows = []
+    for study, more, less, metric in CLAIMS:
+        found = [
+            {p["method"]: value(p, metric) for p in run["points"] if p["study"] == study}
+            for run in runs
+        ]
+        pairs = [(values.get(more), values.get(less)) for values in found]
+        if all(None not in pair for pair in pairs):
+            differences = [a - b for a, b in pairs]
+            name = COLUMNS.get(metric, metric)
+            cells = common.interval_cell(differences), common.verdict(differences)
+            rows.append([study, f"{name}: {more} minus {less}", *cells])
+    return rows
+
+
+def value(point: dict, metric: str) -> float | None:
+    """A metric at the end of training. h: A - B, the mean margin in log-ratios."""
+    if metric == "h":
+        return point["A"][-1] - point["B"][-1] if "A" in point else None
+    found = point.get(metric)
+    return found[-1] if isinstance(found, list) else found
 
 
 def draw(runs: list[dict]) -> Figure:
@@ -340,11 +385,11 @@ def draw(runs: list[dict]) -> Figure:
     figure = Figure((12, 7.5), layout="constrained")
     axes = figure.subplots(2, 3).flat
     for ax, study in zip(axes, mean["config"]["studies"], strict=False):
-        seeds = [
+        found = [
             {p["method"]: p for p in run["points"] if p["study"] == study}
             for run in (mean, *(runs if len(runs) > 1 else []))
         ]
-        ax.set_title(DRAW[study](ax, mean, *seeds), fontsize="medium")
+        ax.set_title(DRAW[study](ax, mean, *found), fontsize="medium")
     for ax in list(axes):
         ax.set_axis_off()
     figure.suptitle(common.title(runs))
@@ -355,21 +400,21 @@ def color_of(name: str) -> str:
     return ORANGE if name.startswith(("dpo", "offline")) and name != "dpop" else BLUE
 
 
-def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], **style: object):
+def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...]):
     """Each method at (x, y), labelled; its seeds pale."""
     for name, p in points.items():
         color, fill = color_of(name), "none" if "clean" in name else None
+        for seed in seeds:
+            ax.plot(seed[name][x], seed[name][y], ".", color=color, alpha=0.4)
         ax.plot(p[x], p[y], "o", color=color, mfc=fill)
-        ax.plot(
-            [s[name][x] for s in seeds], [s[name][y] for s in seeds], ".", color=color, alpha=0.4
-        )
-        common.label(ax, name, p[x], p[y], **style)
+        below = name in ("dpo, clean labels", "ld_dpo")  # where there is room
+        common.label(ax, name, p[x], p[y], **{"xytext": (0, -12), "ha": "center"} if below else {})
 
 
 def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
     right = 1.5 * max(p["kl"] for p in points.values())
     common.draw_optimum(ax, results, "gain", right)
-    dots(ax, "kl", "gain", points, seeds, xytext=(6, -6))
+    dots(ax, "kl", "gain", points, seeds)
     ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
     ax.set(xlabel="KL, nats", ylabel="gain, nats")
     found = {name: p["fraction_of_optimal"] for name, p in points.items()}
@@ -381,7 +426,7 @@ def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
 def draw_certainty(ax, results: dict, points: dict, *seeds: dict) -> str:
     best = 1 / (2 * METHODS["ipo"].strengths()[0]["beta"])
     ax.axhline(best, color="0.6", ls=":")
-    common.label(ax, "IPO's optimum, 1/(2 beta)", 0, best, xytext=(5, 7))
+    common.label(ax, "IPO's optimum, 1/(2 beta)", 0, best, xytext=(5, -8))
     ends = {}
     for name, p in points.items():
         h = np.subtract(p["A"], p["B"])
@@ -423,9 +468,9 @@ def draw_displacement(ax, results: dict, points: dict, *seeds: dict) -> str:
     ax.margins(x=0.25)
     ax.set(xlabel="epoch", ylabel=r"change of log $\pi$, nats")
     return (
-        rf"log $\pi$($y_w$) changes by {points['dpo']['A'][-1]:+.1f} nats with DPO,"
+        rf"log $\pi$($y_w$) changes by {points['dpo']['A'][-1]:+.2f} nats with DPO,"
         "\n"
-        f"by {points['dpop']['A'][-1]:+.1f} with DPO-Positive"
+        f"by {points['dpop']['A'][-1]:+.2f} with DPO-Positive"
     )
 
 
@@ -435,11 +480,9 @@ def draw_epochs(ax, results: dict, points: dict, *seeds: dict) -> str:
     ends = {}
     for name in ("offline", "online"):
         keys = [key for key in points if key.startswith(name)]
-        for one, style in (
-            (points, {"ms": 4}),
-            *((seed, {"ms": 2, "alpha": 0.3}) for seed in seeds),
-        ):
-            path = [(one[key]["kl"], one[key]["gain"]) for key in keys]
+        for found in (*seeds, points):
+            path = [(found[key]["kl"], found[key]["gain"]) for key in keys]
+            style = {"ms": 4} if found is points else {"ms": 2, "alpha": 0.3}
             ax.plot(*zip(*path, strict=True), "o-", color=color_of(name), **style)
         kl, gain = points[keys[-1]]["kl"], points[keys[-1]]["gain"]
         common.label(ax, name, kl, gain)

@@ -9,6 +9,7 @@ import data
 from beyond import ablations, common
 from beyond.custom_data import to_preferences
 from dpo import Preferences
+from lib.io import BadInput
 from tiny import checkpoint
 
 TINY = (
@@ -124,6 +125,24 @@ def test_titles_state_what_was_found_as_the_mean_over_seeds(run):
     mean = found[0]["A"][-1] + 1
     axes = {ax.get_title(): ax for ax in ablations.draw([one, two]).axes}
     title = next(title for title in axes if title.startswith(r"log $\pi$"))
-    assert f"changes by {mean:+.1f} nats with DPO" in title
+    assert f"changes by {mean:+.2f} nats with DPO" in title
     ends = [line.get_ydata()[-1] for line in axes[title].lines if line.get_alpha()]
     assert {mean - 1, mean + 1} <= set(ends)  # of both seeds
+
+
+def test_claims_are_differences_at_the_end_of_training(run):
+    """Three seeds, in which DPO's log pi(y_w) ends 0, 1 and 2 nats lower."""
+    _, one = run
+    runs = [json.loads(json.dumps(one)) for _ in range(3)]
+    for i, seed in enumerate(runs):
+        of = {p["method"]: p for p in seed["points"] if p["study"] == "displacement"}
+        of["dpo"]["A"][-1] = of["dpop"]["A"][-1] - i
+    rows = {(study, claim): cells for study, claim, *cells in ablations.claim_rows(runs)}
+    claim = rows["displacement", "A: dpop minus dpo"]
+    assert claim == ["+1.000 [-1.484, +3.484]", "no difference seen"]
+    of = {p["method"]: p["length"] for p in one["points"] if p["study"] == "verbosity"}
+    length, _ = rows["verbosity", "length: dpo minus r_dpo"]
+    assert length.startswith(f"{of['dpo'] - of['r_dpo']:+.3f}")
+    runs[0]["points"].pop()
+    with pytest.raises(BadInput, match="studies"):
+        ablations.table(runs)
