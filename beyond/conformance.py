@@ -327,8 +327,10 @@ def hypothesis_profile(examples: int, shrink: bool = True):
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("conformance")
-    yield
-    settings.load_profile(before)
+    try:
+        yield
+    finally:
+        settings.load_profile(before)
 
 
 # ------------------------------------------------- the report
