@@ -400,21 +400,24 @@ def color_of(name: str) -> str:
     return ORANGE if name.startswith(("dpo", "offline")) and name != "dpop" else BLUE
 
 
-def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...]):
-    """Each method at (x, y), labelled; its seeds pale."""
+LEFT = {"xytext": (-6, 0), "ha": "right"}
+ABOVE, BELOW = ({"xytext": (0, y), "ha": "center"} for y in (11, -12))
+
+
+def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], where: dict):
+    """Each method at (x, y), its seeds pale. where: of labels that do not fit on the right."""
     for name, p in points.items():
         color, fill = color_of(name), "none" if "clean" in name else None
         for seed in seeds:
             ax.plot(seed[name][x], seed[name][y], ".", color=color, alpha=0.4)
         ax.plot(p[x], p[y], "o", color=color, mfc=fill)
-        below = name in ("dpo, clean labels", "ld_dpo")  # where there is room
-        common.label(ax, name, p[x], p[y], **{"xytext": (0, -12), "ha": "center"} if below else {})
+        common.label(ax, name, p[x], p[y], **where.get(name, {}))
 
 
 def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
     right = 1.5 * max(p["kl"] for p in points.values())
     common.draw_optimum(ax, results, "gain", right)
-    dots(ax, "kl", "gain", points, seeds)
+    dots(ax, "kl", "gain", points, seeds, {"dpo, clean labels": BELOW})
     ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
     ax.set(xlabel="KL, nats", ylabel="gain, nats")
     found = {name: p["fraction_of_optimal"] for name, p in points.items()}
@@ -444,10 +447,10 @@ def draw_certainty(ax, results: dict, points: dict, *seeds: dict) -> str:
 
 
 def draw_verbosity(ax, results: dict, points: dict, *seeds: dict) -> str:
-    dots(ax, "length", "gain", points, seeds)
+    dots(ax, "length", "gain", points, seeds, {"dpo": ABOVE, "ld_dpo": LEFT})
     for name, p in results["optima"].items():
         ax.plot(p["length"], p["gain"], "s", color="0.3", mfc="none")
-        common.label(ax, name, p["length"], p["gain"], xytext=(5, 8))
+        common.label(ax, name, p["length"], p["gain"], **BELOW)
     ax.margins(x=0.5)
     ax.set(xlabel="length, tokens", ylabel="gain, nats")
     longer = {name: p["length"] - results["reference"]["length"] for name, p in points.items()}

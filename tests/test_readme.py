@@ -88,6 +88,20 @@ def test_the_differences_to_other_losses_are_those_of_their_results():
     assert z_0["kto"] == "0.00" and f"and {z_0['kto_samples']}" in text
 
 
+def test_intervals_are_those_of_the_results():
+    """beyond/README.md, from the tables in results/; some are written without their signs"""
+
+    def intervals(text: str) -> set[str]:
+        number = r"[+-]?\d\.\d{3}"
+        found = re.findall(rf"{number} \[{number}, {number}\]", " ".join(text.split()))
+        return {re.sub("[+-]", "", interval) for interval in found}
+
+    tables = [path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.md")]
+    known = set.union(*map(intervals, tables))
+    claimed = intervals((ROOT / "beyond/README.md").read_text(encoding="utf-8"))
+    assert len(claimed) > 15 and claimed <= known
+
+
 def test_the_judges_table_is_that_of_its_results():
     """docs/imdb.md, from results/imdb-0/judge.json"""
     text = (ROOT / "docs/imdb.md").read_text(encoding="utf-8")
