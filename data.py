@@ -261,7 +261,7 @@ def cut_prompts(texts: TokenLists, tokenizer, rng: random.Random) -> TokenLists:
 
 # -------------------------------------------------- preferences
 
-Completions = tuple[Tensor, Tensor, Tensor]  # ids, mask, logps (P K, T), as `model.sample` returns
+Completions = tuple[Tensor, Tensor, Tensor]  # ids, mask, log pi_ref (P K, T), of `model.sample`
 
 
 def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: int) -> Preferences:
@@ -272,7 +272,7 @@ def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: in
 
     Pairs of identical completions are dropped.
     """
-    ids, mask, logps = completions
+    ids, mask, ref_logps = completions
     P, K = rewards.shape
     columns = torch.combinations(torch.arange(K))
     pairs = (columns + K * torch.arange(P)[:, None, None]).flatten(0, 1)  # (n, 2) rows
@@ -294,7 +294,7 @@ def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: in
 
     rows, pairs = pairs[keep].unique(return_inverse=True)  # only rows that belong to a pair
     _, prompt = (rows // K).unique(return_inverse=True)
-    return Preferences(ids[rows], mask[rows], logps[rows], prompt, pairs, weight[keep])
+    return Preferences(ids[rows], mask[rows], ref_logps[rows], prompt, pairs, weight[keep])
 
 
 def decode_rows(ids: Tensor, tokenizer) -> list[str]:

@@ -22,7 +22,8 @@ Four conventions, because public implementations disagree on them:
 - log pi(y|x) is the *sum* of the log-probabilities of the response's tokens, including its end
   token.
 - Log-softmax and sums use at least float32, whatever precision the model computes in.
-- The reference log-probabilities are computed once, before training.
+- The reference log-probabilities are computed once, before training: by `model.sample`, as it
+  draws the completions.
 - A loss returns one value per pair. The training loop averages them.
 
 All log-probabilities, rewards and KL divergences are in nats per response unless stated otherwise.
@@ -122,7 +123,8 @@ def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """log pi(y_t | x, y_<t) for each response token, and 0 elsewhere.
 
     ids: (B, T) token ids, padded on the right. mask: (B, T), True on the tokens of the response.
-    Returns (B, T), in nats. The sum over T is log pi(y|x).
+    Returns (B, T), in nats. The sum over T is log pi(y|x). train.py uses
+    `lib.inference.fast_response_logps`, which returns the same.
     """
     logps = log_softmax(pi(ids[:, :-1]))  # (B, T-1, V): the logits at t predict the token at t + 1
     logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
@@ -221,15 +223,18 @@ def train(
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Tensor],
-    max_grad_norm: float = math.inf,
+    max_grad_norm: float = math.inf,  # no clipping
     logps_fn: Callable[[nn.Module, Tensor, Tensor], Tensor] = response_logps,
     normalize: Callable[[Tensor], Tensor] = mean_weights,
 ) -> Iterator[dict[str, Tensor]]:
     """Take one optimizer step per batch of prompts, and yield its metrics as scalar tensors.
 
+    A generator: nothing is trained until its values are taken, one step for each.
+
     loss: for instance `partial(dpo, beta=0.1)`. pi_ref enters only through preferences.ref_logps.
     batches: tensors of prompt numbers. logps_fn: computes log-probabilities as `response_logps`
-    does. normalize: scales the weights of a batch's pairs; by default they sum to 1.
+    does. normalize: scales the weights of a batch's pairs; by default they sum to 1. On several
+    processes, `beyond.distributed` scales them by the sum over all of them.
 
     Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall; grad_norm. All are
     from before the step.

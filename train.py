@@ -47,7 +47,7 @@ class Config:
     loss: str = flag("dpo", "dpo, a loss named in beyond/losses.py, or FILE.py:FUNCTION")
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
-    pairs: str = flag("all", "which pairs of a prompt", choices=("all", "best-worst"))
+    pairs: str = flag("all", "which pairs; best-worst sets argmax", choices=("all", "best-worst"))
     beta: tuple = flag((0.5, 1.0, 2.0), "KL penalty", 1e-4)
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)
@@ -256,7 +256,7 @@ def run(cfg: Config, stage: Stage, device) -> str:
     write_results = find("write_results", "beyond.page")
     runs = {}
     for beta in cfg.beta:
-        lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls; the exponent is tuned
+        lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls
         how = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
         look = monitor(dataset, eval_set, seed, stage.folder / f"curves-{beta:g}.csv")
         args = preferences, partial(loss, beta=beta), how, look, device
