@@ -4,7 +4,7 @@
             -> reward and KL of fresh samples, compared with the optimum of Eq. 4
 
 How much reward does DPO gain for each nat of KL from pi_ref, and how close is that to the best
-that any policy can do? Because r* is known, the optimum is known too.
+that any policy can do? Because r* is known, the optimum can be estimated too.
 """
 
 import math
@@ -53,14 +53,14 @@ class Config:
     context: int = flag(24, "tokens of prompt and response together", 8)
     shape: tuple = flag((2, 4, 64))  # blocks, heads and width of a model with random weights
     reviews: int = flag(12_000, "reviews to fine-tune pi_ref on", 1)
-    sft_steps: int | None = flag(375, "steps of SFT; own: 3 epochs", 0)
+    sft_steps: int | None = flag(375, "fine-tuning steps; own data: 3 epochs", 0)
     sft_batch_size: int = flag(32)
     prompts: int = flag(5_000, "prompts to collect preferences on", 1)
     completions: int = flag(4, "completions per prompt", 2)
-    frozen: int = flag(0, "DPO freezes the (tied) embeddings and the first N blocks", 0)
+    frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1, for DPO with SGD", 1e-12)
-    epochs: int | None = flag(1, "DPO epochs; own: at least 100 steps", 1)
+    lr: float = flag(0.009, "SGD's peak learning rate at beta 1; times beta^-1.25", 1e-12)
+    epochs: int | None = flag(1, "DPO epochs; own data: enough for 100 steps", 1)
     batch_size: int = flag(64, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
     ref_samples: int = flag(256, "samples of pi_ref per prompt", 16)

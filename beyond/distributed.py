@@ -1,7 +1,7 @@
 """The experiment of train.py on N processes, with DPO sharded by PyTorch's FSDP2.
 
     torchrun --nproc_per_node=N -m beyond.distributed [train.py's flags] [--checkpoint-every K]
-             [--checkpoint-activations] [--compile] [--replicate G]
+             [--checkpoint-activations] [--compile] [--replicate G] [--accumulate K]
 
 Parameters, gradients and optimizer state are sharded. Each process computes its share of a batch's
 prompts. The batch's loss is sum_i w_i loss_i / W, where W is the weight of all its pairs. FSDP

@@ -18,8 +18,8 @@ The curve is broken between runs whose KLs differ by more than a factor of 1.6. 
 such a gap are in brackets, and verdicts do not use them. A verdict needs three seeds and a 95%
 interval that excludes 0.
 
-The paper's reward is a probability, which saturates. Ours is a logit, in nats, as the oracle of EXO
-(2402.00856). Tables and figure show both: the gain in r*, and P(positive), the mean of sigmoid(r*).
+The paper's reward is a probability, which saturates. Ours is a logit, in nats, like the oracle of
+EXO (2402.00856). Tables and figure show both: the gain in r*, and P(positive), the mean of sigmoid(r*).
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A look at a policy while it trains. train.py calls it after each tenth of the steps."""
+"""Metrics of the policy during training. train.py records them after each tenth of the steps."""
 
 import contextlib
 import csv

@@ -2,10 +2,9 @@
 
 `write_results` writes out/results.json after each beta; everything else comes from that file.
 train.py draws figures and page at its end, and `python -m lib.report out` draws them again. The
-page contains everything it shows and loads nothing. In the samples, the colour of a word is its
-contribution in context: r*(text) - r*(text without the word), in nats. Blue stands for pi_ref and
-orange for pi_theta, as in the figures; so words that raise r* are green and underlined, and words
-that lower it are red with a dotted underline.
+page is self-contained. In the samples, the colour of a word is its contribution in context:
+r*(text) - r*(text without the word), in nats. Words that raise r* are green and underlined, and
+words that lower it are red with a dotted underline; blue and orange stand for pi_ref and pi_theta.
 """
 
 import base64

@@ -4,7 +4,7 @@
     python -m beyond.sample out                            asks for prompts; end with Ctrl-D
     python -m beyond.sample out/dpo-1.pt "the camera is"   one checkpoint
     python -m beyond.sample out --show                     one preference pair, token by token
-    python -m beyond.sample out --pairs                    the best and worst ordered held-out pairs
+    python -m beyond.sample out --pairs                    held-out pairs, extreme margins
 
 Each completion is shown with r*, the true reward of prompt and completion in nats, if the run has
 one, and with log pi_theta(y|x) / pi_ref(y|x) in nats. All policies use the same random numbers.
