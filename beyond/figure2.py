@@ -19,7 +19,8 @@ such a gap are in brackets, and verdicts do not use them. A verdict needs three 
 interval that excludes 0.
 
 The paper's reward is a probability, which saturates. Ours is a logit, in nats, like the oracle of
-EXO (2402.00856). Tables and figure show both: the gain in r*, and P(positive), the mean of sigmoid(r*).
+EXO (2402.00856). Tables and figure show both: the gain in r*, and P(positive), the mean of
+sigmoid(r*).
 """
 
 import sys
