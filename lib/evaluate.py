@@ -116,7 +116,7 @@ def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=
 # ------------------------------------------------ the optimum
 
 
-def optimal_frontier(r: Tensor) -> dict[str, np.ndarray]:
+def optimal_frontier(r: Tensor) -> dict:
     """Reward and KL of Eq. 4 at each of BETAS, from pi_ref's rewards r (P, N).
 
     Returns beta (80,), reward and kl (80, P) in nats, and reliable (80,): whether the mean
@@ -167,7 +167,7 @@ def fraction_of_optimal(ref_r: Tensor, r: Tensor, kl: Tensor) -> dict:
     return {"fraction_of_optimal": found, "fraction_of_optimal_se": se}
 
 
-def means_and_errors(values: dict[str, Tensor]) -> dict[str, float]:
+def means_and_errors(values: dict[str, Tensor]) -> dict:
     """The mean of each metric (P, M), and its standard error over prompts as NAME_se."""
     found = {}
     for name, value in values.items():

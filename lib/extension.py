@@ -1,12 +1,12 @@
 """Functions found by name: in beyond/, which the core does not import, or in a user's own file."""
 
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import dpo
 from lib.io import BadInput, open_user_file
@@ -23,10 +23,11 @@ def find(name: str, module: str) -> Callable:
 
 def load_file(path: Path):
     with open_user_file(path, "a Python file"):
-        spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path.resolve())
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # so that the function's code can be found
-        spec.loader.exec_module(module)
+        module = ModuleType(f"user_{path.stem}")
+        module.__file__ = str(path.resolve())
+        sys.modules[module.__name__] = module  # so that the function's code can be found
+        # An import could run bytecode of an earlier version that is as long and less than 1 s old.
+        exec(compile(path.read_bytes(), module.__file__, "exec"), vars(module))
         return module
 
 

@@ -220,8 +220,12 @@ def test_own_preferences_run_from_the_command_line(here, capsys):
     assert main("--data own.jsonl --beta 1") == found  # from the cache
 
 
-def test_a_loss_in_a_file_is_trained_again_after_an_edit(here, capsys):
-    """Of its code, a constant that it reads, a function that it calls, or its arguments."""
+def test_a_loss_in_a_file_is_trained_again_after_an_edit(here, capsys, monkeypatch):
+    """Of its code, a constant that it reads, a function that it calls, or its arguments.
+
+    Python's bytecode of a file is valid for a second edit of the same length in the same second.
+    """
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
     text = """import dpo
 SCALE = {}
 def scaled(losses): return SCALE * {} * losses
