@@ -242,6 +242,7 @@ def mine(logps, batch, beta, scale=1.0):
         ((3, 2, ""), "--loss-args scale=2"),
     ):
         Path("users.py").write_text(text.format(*edits))
+        os.utime("users.py", ns=(0, 10**9 + len(losses) * 10**6))  # all in one second
         found = main(f"--beta 2 --loss users.py:mine {more}")
         assert page.method(found["config"]) == "mine"
         losses.append(found["curves"]["2"][0]["loss"] / math.log(2))
