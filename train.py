@@ -236,8 +236,8 @@ def run(cfg: Config, stage: Stage, device) -> str:
     dataset = load_dataset(cfg, stage, start["tokens"])
     if dataset.pairs:
         print(find("expected_time", "beyond.custom_data")(cfg, dataset, start, device))
-    how = sft_settings(cfg, len(dataset.sft_texts))
-    reference = stage("reference", sft, start, dataset.sft_texts, *how, seed, device)
+    settings = sft_settings(cfg, len(dataset.sft_texts))
+    reference = stage("reference", sft, start, dataset.sft_texts, *settings, seed, device)
 
     eval_pairs = None
     if dataset.pairs:
@@ -257,9 +257,9 @@ def run(cfg: Config, stage: Stage, device) -> str:
     runs = {}
     for beta in cfg.beta:
         lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls
-        how = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
+        training = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
         look = monitor(dataset, eval_set, seed, stage.folder / f"curves-{beta:g}.csv")
-        args = preferences, partial(loss, beta=beta), how, look, device
+        args = preferences, partial(loss, beta=beta), training, look, device
         policy = stage(f"{cfg.loss.split(':')[-1]}-{beta:g}", train_dpo, reference, *args)
         args = reference, dataset, eval_set, beta, ev, device
         runs[beta] = policy, stage(f"eval-{beta:g}", evaluate_policy, policy, *args)
