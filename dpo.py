@@ -23,7 +23,7 @@ Four conventions, because public implementations disagree on them:
   token.
 - Log-softmax and sums use at least float32, whatever precision the model computes in.
 - The reference log-probabilities are computed once, before training: by `model.sample`, as it
-  draws the completions.
+  draws the completions, or for given pairs by `beyond.custom_data`.
 - A loss returns one value per pair. The training loop averages them.
 
 All log-probabilities, rewards and KL divergences are in nats per response unless stated otherwise.

@@ -1,7 +1,7 @@
 """Six ablations: a known failure of DPO, and whether the proposed fix works.
 
     python -m beyond.ablations [train.py's flags] [--studies noise certainty ...]
-    python -m beyond.ablations --summary DIR DIR ...     # the table over finished runs
+    python -m beyond.ablations --summary DIR DIR ...     # table and figure over finished runs
 
     noise           a fifth of the labels is flipped            DPO, cDPO, robust DPO, IPO
     certainty       the better response always wins             DPO, IPO

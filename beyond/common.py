@@ -274,7 +274,7 @@ def average(runs: list):
 
 
 def title(runs: list[dict]) -> str:
-    cfg, n = runs[0]["config"], average([run["pairs"] for run in runs])
+    cfg, n = runs[0]["config"], np.mean([run["pairs"] for run in runs])
     seeds = ", ".join(str(run["config"]["seed"]) for run in runs)
     seeds = f"seed{'s' * (len(runs) > 1)} {seeds}"
     return f"{cfg['data']}, {cfg['labels']} labels, {n:,.0f} pairs, {seeds}"
@@ -315,7 +315,8 @@ def command(
     table: Callable,
     draw: Callable,
 ) -> int:
-    """Run an experiment; with `--summary DIR DIR ...`, print the table over finished runs.
+    """Run an experiment; with `--summary DIR DIR ...`, print the table over finished runs,
+    and draw their figure.
 
     run: (cfg, stage, device) -> results. table, draw: a list of results -> Markdown, Figure.
     """

@@ -1,7 +1,7 @@
 """Each method of beyond/ next to DPO, from one pi_ref and the same prompts: gain against KL.
 
     python -m beyond.compare [train.py's flags] [--methods dpo ipo ...]
-    python -m beyond.compare --summary DIR DIR ...     # the table over finished runs
+    python -m beyond.compare --summary DIR DIR ...     # table and figure over finished runs
 
 Data, pi_ref, evaluation and optimizer are train.py's, with 3,000 prompts and one epoch. Each method
 has two strengths. Methods differ in the loss, its learning rate, and for some in the pairs.
@@ -333,18 +333,29 @@ def table(runs: list[dict]) -> str:
         name = points[0]["method"] + r"\*" * (points[0]["method"] in NO_REFERENCE)
         at = ", ".join(f"{key} {value:g}" for key, value in points[0]["hyper"].items())
         rows.append([name, at, *(common.cell([p[key] for p in points]) for key in COLUMNS)])
-    head_2 = ["method", "fraction, mean over strengths", "DPO minus this, 95% CI", "DPO above this"]
-    return f"{common.markdown(head, rows)}\n\n{common.markdown(head_2, fraction_rows(runs))}"
+    every = common.markdown(head, rows)
+    head = ["method", "fraction, mean over strengths", "DPO minus this, 95% CI", "DPO above this"]
+    return f"{every}\n\n{common.markdown(head, fraction_rows(runs))}"
+
+
+def with_fraction(runs: list[dict]) -> dict[str, list[list[dict]]]:
+    """For each method the points of all seeds, at each strength at which all have a fraction."""
+    found = {}
+    for points in zip(*(run["points"] for run in runs), strict=True):
+        if all(p["fraction_of_optimal"] is not None for p in points):
+            found.setdefault(points[0]["method"], []).append(points)
+    return found
+
+
+def mean_fractions(strengths: list[list[dict]]) -> np.ndarray:
+    """The mean over strengths of the fraction of each seed."""
+    return np.mean([[p["fraction_of_optimal"] for p in points] for points in strengths], 0)
 
 
 def fraction_rows(runs: list[dict]) -> list[list[str]]:
-    """Fractions are means over the strengths at which all seeds have one."""
-    found = {}
-    for points in zip(*(run["points"] for run in runs), strict=True):
-        fractions = [p["fraction_of_optimal"] for p in points]
-        if None not in fractions:
-            found.setdefault(points[0]["method"], []).append(fractions)
-    rows, means = [], {name: np.mean(fractions, 0) for name, fractions in found.items()}
+    """The mean fraction of each method, and DPO's minus it; the highest comes first."""
+    means = {name: mean_fractions(found) for name, found in with_fraction(runs).items()}
+    rows = []
     for name, mean in sorted(means.items(), key=lambda item: -item[1].mean()):
         row = [name, common.cell(mean.tolist())]
         if "dpo" in means and name != "dpo":
@@ -380,28 +391,24 @@ def draw(runs: list[dict]) -> Figure:
     The mean over seeds is labelled with its KL. Each seed is a small point. Runs whose optimum
     cannot be estimated in some seed are left out.
     """
-    found = {}
-    for points in zip(*(run["points"] for run in runs), strict=True):
-        name, fractions = points[0]["method"], [p["fraction_of_optimal"] for p in points]
-        strength = METHODS[name].strengths().index(points[0]["hyper"])
-        if None not in fractions:
-            kl = np.mean([p["kl"] for p in points])
-            found.setdefault(name, []).append((strength, fractions, np.mean(fractions), kl))
-    order = sorted(found, key=lambda name: np.mean([mean for *_, mean, _ in found[name]]))
+    found = with_fraction(runs)
+    order = sorted(found, key=lambda name: mean_fractions(found[name]).mean())
     order.sort(key=lambda name: ("no reference", "fresh pairs", "given pairs").index(family(name)))
     figure = Figure((8, 0.34 * len(order) + 1.6), layout="constrained")
     ax = figure.subplots()
     for y, name in enumerate(order):
         color = ORANGE if name == "dpo" else "0.25"
-        means = [mean for *_, mean, _ in found[name]]
+        means = [mean_fractions([points]).mean() for points in found[name]]
         ax.plot(means, [y] * len(means), "-", color="0.8", zorder=0)
-        for strength, fractions, mean, kl in found[name]:
-            fill, above = (("white", -11), (color, 5))[strength == 0]
+        for points, mean in zip(found[name], means, strict=True):
+            first = points[0]["hyper"] == METHODS[name].strengths()[0]
             if len(runs) > 1:
+                fractions = [p["fraction_of_optimal"] for p in points]
                 ax.plot(fractions, [y] * len(runs), ".", color=color, ms=3, alpha=0.5)
-            ax.plot(mean, y, "o", color=color, mfc=fill)
-            style = {"xytext": (0, above), "textcoords": "offset points", "ha": "center"}
-            ax.annotate(f"{kl:.1f}", (mean, y), color="0.5", fontsize=7, **style)
+            ax.plot(mean, y, "o", color=color, mfc=color if first else "white")
+            style = {"xytext": (0, 5 if first else -11), "textcoords": "offset points"}
+            kl = np.mean([p["kl"] for p in points])
+            ax.annotate(f"{kl:.1f}", (mean, y), color="0.5", fontsize=7, ha="center", **style)
         if y + 1 == len(order) or family(order[y + 1]) != family(name):
             ax.text(
                 0.01, y + 0.45, family(name), transform=ax.get_yaxis_transform(), style="italic"

@@ -230,7 +230,7 @@ def draw(runs: list[dict]) -> Figure:
     ax.set(xscale="log", xlabel="prompts, with 6 pairs each", title=common.title(runs))
     ax.set(ylabel="fraction of the attainable gain at the same KL")
     sizes = sorted({p["prompts"] for p in points})
-    ax.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
+    ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
     ax.minorticks_off()
     ax.margins(x=0.3)
     return figure

@@ -105,7 +105,7 @@ def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=
     found = {name: value.item() for name, value in dpo.pair_metrics(share, *losses).items()}
     found["pair_accuracy"] = found.pop("accuracy")
     if gap is not None:
-        gap, margin = gap.double(), r_hat_w - r_hat_l  # both orders of a pair give one product
+        gap, margin = gap.double(), r_hat_w - r_hat_l  # unweighted: a flip changes nothing
         found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # of r* itself
         slope = (margin @ gap) / (gap @ gap)
         found["reward_slope"] = slope.item()
