@@ -299,4 +299,4 @@ def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: in
 
 def decode_rows(ids: Tensor, tokenizer) -> list[str]:
     """The text of each row of ids (R, T) before its first end token."""
-    return [text.split("<|endoftext|>")[0] for text in tokenizer.decode_batch(ids.tolist())]
+    return [tokenizer.decode(row).split("<|endoftext|>")[0] for row in ids.tolist()]

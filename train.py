@@ -53,9 +53,9 @@ class Config:
     context: int = flag(24, "tokens of prompt and response together", 8)
     shape: tuple = flag((2, 4, 64))  # blocks, heads and width of a model with random weights
     reviews: int = flag(12_000, "reviews to fine-tune pi_ref on", 1)
-    sft_steps: int | None = flag(375, "fine-tuning steps; own data: 3 epochs", 0)
+    sft_steps: int | None = flag(300, "fine-tuning steps; own data: 2 epochs", 0)
     sft_batch_size: int = flag(32)
-    prompts: int = flag(5_000, "prompts to collect preferences on", 1)
+    prompts: int = flag(4_000, "prompts to collect preferences on", 1)
     completions: int = flag(4, "completions per prompt", 2)
     frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
@@ -64,14 +64,14 @@ class Config:
     batch_size: int = flag(64, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
     ref_samples: int = flag(256, "samples of pi_ref per prompt", 16)
-    eval_samples: int = flag(96, "samples of pi_theta per prompt", 1)
+    eval_samples: int = flag(64, "samples of pi_theta per prompt", 1)
     # fmt: on
 
 
 PRESETS = {  # what differs for the other datasets
     "imdb": {
         "init": PI_REF, "shape": (4, 6, 192), "context": 48, "reviews": 75_000, "sft_steps": None,
-        "prompts": 1600, "completions": 16, "beta": (0.1, 0.3, 1.0), "frozen": 2, "lr": 1.2e-4,
+        "prompts": 1450, "completions": 16, "beta": (0.1, 0.3, 1.0), "frozen": 3, "lr": 1.2e-4,
         "batch_size": 4, "eval_prompts": 64, "ref_samples": 384, "eval_samples": 40,
     },
     "own": {
@@ -130,11 +130,11 @@ def initial_model(cfg: Config) -> dict:
 def sft_settings(cfg: Config, n: int) -> tuple[int, int, float]:
     """Steps, batch size and learning rate of fine-tuning on n texts.
 
-    If sft_steps is None: three epochs, but 50 to 3,000 steps; none on IMDb with the shipped pi_ref.
+    If sft_steps is None: two epochs, but 50 to 2,000 steps; none on IMDb with the shipped pi_ref.
     """
     random = cfg.from_scratch or not cfg.init
     ready = cfg.data == "imdb" and cfg.init == PI_REF and not random
-    steps = 0 if ready else min(3000, max(50, 3 * n // cfg.sft_batch_size))
+    steps = 0 if ready else min(2000, max(50, 2 * n // cfg.sft_batch_size))
     steps = steps if cfg.sft_steps is None else cfg.sft_steps
     return steps, cfg.sft_batch_size, 6e-3 if random else 5e-4
 

@@ -84,7 +84,7 @@ def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: s
     """
     rng = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
     c, end, repeated = pi.config, tokenizer.eot_token, [x for x in prompts for _ in range(n)]
-    rows = min(512, 16 + (1 << 26) // (c.n_layer * c.context * c.n_embd))  # their cache: 512 MB
+    rows = min(1024, 16 + (1 << 26) // (c.n_layer * c.context * c.n_embd))  # their cache: 512 MB
     starts = tqdm(range(0, len(repeated), rows), what, delay=1)
     batches = [sample(pi, repeated[i : i + rows], end, generator=rng) for i in starts]
     samples = tuple(map(torch.cat, zip(*batches, strict=True)))

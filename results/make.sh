@@ -12,8 +12,8 @@ for seed in 0 1 2; do
         --out results/imdb-$seed
     python -m beyond.judge results/imdb-$seed ${IMDB:+--imdb "$IMDB"}
     python -m beyond.explain --seed $seed --reviews 20000 --sft-steps 500 --ref-samples 384 --out results/explain-$seed
-    python -m beyond.compare --seed $seed --out results/compare-$seed
-    python -m beyond.ablations --seed $seed --out results/ablations-$seed
+    python -m beyond.compare --seed $seed --sft-steps 375 --out results/compare-$seed
+    python -m beyond.ablations --seed $seed --sft-steps 375 --out results/ablations-$seed
     python -m beyond.figure2 --seed $seed --reviews 20000 --sft-steps 600 --ref-samples 512 --out results/figure2-$seed
 done
 for name in figure2 explain compare ablations; do   # the tables of results/$name.md, and results/$name.png

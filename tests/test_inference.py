@@ -83,7 +83,7 @@ def test_collate_pads_on_the_right():
 # ------------------------------------------------- sampling
 
 
-TOKENIZER = SimpleNamespace(eot_token=V - 1, decode_batch=lambda rows: list(map(str, rows)))
+TOKENIZER = SimpleNamespace(eot_token=V - 1, decode=str)
 
 
 def test_log_probabilities_from_sampling_equal_a_rescoring():
