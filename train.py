@@ -64,7 +64,7 @@ class Config:
     batch_size: int = flag(64, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
     ref_samples: int = flag(256, "samples of pi_ref per prompt", 16)
-    eval_samples: int = flag(64, "samples of pi_theta per prompt", 1)
+    eval_samples: int = flag(80, "samples of pi_theta per prompt", 1)
     # fmt: on
 
 
