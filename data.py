@@ -137,7 +137,8 @@ def toy_tokens() -> list[bytes]:
 
 def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
     """Reviews of the grammar: some for pi_ref, others for prompts, and others for evaluation."""
-    n, m = sizes.reviews, sizes.reviews + 2 * sizes.prompts
+    n = sizes.reviews
+    m = sizes.reviews + 2 * sizes.prompts
     texts = toy_reviews(m + 4 * sizes.eval_prompts + 500, seed)
     parts = texts[:n], texts[n:m], texts[m:]
     split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
@@ -212,7 +213,8 @@ def split_reviews(tokenizer, sft_texts, prompt_texts, eval_texts, sizes: Sizes, 
     Evaluation prompts are distinct, and no preferences use them. Raises ValueError if too few
     reviews fit in the context.
     """
-    rng, seen = random.Random(seed), set(sft_texts)
+    rng = random.Random(seed)
+    seen = set(sft_texts)
     sft = openings(sft_texts, tokenizer, sizes.context)
     asked = openings([t for t in prompt_texts if t not in seen], tokenizer, sizes.context)
     held_out = openings([t for t in eval_texts if t not in seen], tokenizer, sizes.context)
@@ -237,7 +239,8 @@ def openings(reviews: list[str], tokenizer, context: int) -> TokenLists:
     A sentence ends with . ! or ? before a space or the review's end. Reviews in which no sentence
     ends between the fifth token and the context are left out.
     """
-    tokens, end = token_bytes(tokenizer), tokenizer.eot_token
+    tokens = token_bytes(tokenizer)
+    end = tokenizer.eot_token
     closes = [re.search(rb"[.!?][\"')]*$", token) is not None for token in tokens]
     found = []
     for review in reviews:
@@ -286,7 +289,8 @@ def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: in
         keep &= r[first] != r[second]
     print(f"{len(keep) - keep.sum():,} of {len(keep):,} pairs are dropped as equal")
     if labels == "soft":
-        pairs, weight = torch.cat((pairs, pairs.flip(1))), torch.cat((p, 1 - p))
+        pairs = torch.cat((pairs, pairs.flip(1)))
+        weight = torch.cat((p, 1 - p))
         keep = keep.repeat(2)
     else:
         u = torch.rand(len(p), generator=torch.Generator().manual_seed(seed))

@@ -177,7 +177,8 @@ class Preferences:
         new_row = rows.cumsum(0) - 1
         T = int(self.mask[rows].any(0).nonzero().max()) + 1
         ids, mask, ref_logps = (x[rows, :T] for x in (self.ids, self.mask, self.ref_logps))
-        pairs, weight = new_row[self.pairs[kept]], self.weight[kept]
+        pairs = new_row[self.pairs[kept]]
+        weight = self.weight[kept]
         return Preferences(ids, mask, ref_logps, self.prompt[rows], pairs, weight)
 
     def to(self, device: torch.device) -> "Preferences":
@@ -191,7 +192,8 @@ Loss = Callable[[Tensor, Preferences], tuple[Tensor, Tensor, Tensor]]
 def pair_logps(logps: Tensor, batch: Preferences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp_w, logp_l, ref_logp_w, ref_logp_l of each pair, (n,) each, from token logps (R, T)."""
     w, l = batch.pairs.T
-    logp, ref_logp = logps.sum(-1), batch.ref_logps.sum(-1)  # (R,) log pi(y|x)
+    logp = logps.sum(-1)  # (R,) log pi(y|x)
+    ref_logp = batch.ref_logps.sum(-1)
     return logp[w], logp[l], ref_logp[w], ref_logp[l]
 
 

@@ -156,13 +156,15 @@ def sample(
     Raises ValueError for an empty prompt, or one that leaves no room for a response.
     """
     lengths = torch.tensor([len(x) for x in prompts], device=pi.device)
-    start, context = int(lengths.min()), pi.config.context
+    start = int(lengths.min())
+    context = pi.config.context
     if start < 1 or lengths.max() >= context:
         raise ValueError(f"prompts need 1 to {context - 1} tokens, not {start} to {lengths.max()}")
     ids = torch.tensor([x + [end] * (context - len(x)) for x in prompts], device=pi.device)
     logps = torch.zeros(ids.shape, device=pi.device)
     rows = torch.arange(len(prompts), device=pi.device)  # those that have not ended
-    cache, new = pi.new_cache(len(prompts)), ids[:, :start]
+    cache = pi.new_cache(len(prompts))
+    new = ids[:, :start]
     response = torch.arange(context, device=pi.device) >= lengths[:, None]  # (B, context)
     for t in range(start, context):
         h = pi.hidden(new, cache, t - new.size(1))[:, -1]  # (rows, C)
@@ -176,7 +178,9 @@ def sample(
             going = (~ended).nonzero()[:, 0]
             if len(going) == 0:
                 break
-            rows, new, cache = rows[going], new[going], cache.index_select(2, going)
+            rows = rows[going]
+            new = new[going]
+            cache = cache.index_select(2, going)
     after = F.pad((response & (ids == end)).cumsum(1), (1, -1)) > 0
     mask = response & ~after
     return ids.masked_fill(after, end).cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()

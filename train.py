@@ -70,16 +70,36 @@ class Config:
 
 PRESETS = {  # what differs for the other datasets
     "imdb": {
-        "init": PI_REF, "shape": (4, 6, 192), "context": 48, "reviews": 75_000, "sft_steps": None,
-        "prompts": 1450, "completions": 16, "beta": (0.1, 0.3, 1.0), "frozen": 3, "lr": 1.2e-4,
-        "batch_size": 4, "eval_prompts": 64, "ref_samples": 384, "eval_samples": 40,
+        "init": PI_REF,
+        "shape": (4, 6, 192),
+        "context": 48,
+        "reviews": 75_000,
+        "sft_steps": None,
+        "prompts": 1450,
+        "completions": 16,
+        "beta": (0.1, 0.3, 1.0),
+        "frozen": 3,
+        "lr": 1.2e-4,
+        "batch_size": 4,
+        "eval_prompts": 64,
+        "ref_samples": 384,
+        "eval_samples": 40,
     },
     "own": {
-        "init": PI_REF, "shape": (4, 6, 192), "context": 256, "sft_steps": None,
-        "sft_batch_size": 16, "beta": (0.1,), "lr": 1e-5, "epochs": None, "batch_size": 16,
-        "eval_prompts": 64, "ref_samples": 16, "eval_samples": 4,
+        "init": PI_REF,
+        "shape": (4, 6, 192),
+        "context": 256,
+        "sft_steps": None,
+        "sft_batch_size": 16,
+        "beta": (0.1,),
+        "lr": 1e-5,
+        "epochs": None,
+        "batch_size": 16,
+        "eval_prompts": 64,
+        "ref_samples": 16,
+        "eval_samples": 4,
     },
-}  # fmt: skip
+}
 
 # -------------------------------------------------- 1. the dataset
 
@@ -166,8 +186,8 @@ def sft(checkpoint: dict, texts, steps: int, batch_size: int, lr: float, seed: i
 
 def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device, infer=LOCAL):
     """K completions of pi_ref for each prompt: (ids, mask, logps) (P K, T), and rewards (P, K)."""
-    pi_ref, what = infer.load(reference, device), "sampling completions"
-    completions, _, values = measure(pi_ref, dataset.prompts, K, dataset, seed, what, infer)
+    how = dataset, seed, "sampling completions", infer
+    completions, _, values = measure(infer.load(reference, device), dataset.prompts, K, *how)
     return completions, values["reward"]
 
 
@@ -200,9 +220,11 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
     """
     if not len(preferences.pairs):
         raise BadInput("there are no pairs: all completions are equally good or identical")
-    pi_theta, pi_ref = load_gpt(reference, device), load_gpt(reference, device)
+    pi_theta = load_gpt(reference, device)
+    pi_ref = load_gpt(reference, device)
     batches = how.batches(preferences)
-    steps, curves = len(batches), []
+    steps = len(batches)
+    curves = []
     print(f"{steps:,} optimizer steps of up to {how.batch_size} prompts")
     if how.frozen:
         for module in (pi_theta.wte, pi_theta.wpe, *pi_theta.h[: how.frozen]):
@@ -232,7 +254,8 @@ def run(cfg: Config, stage: Stage, device) -> str:
     loss = load_loss(cfg.loss, cfg.loss_args)
     if cfg.pairs == "best-worst":  # the best is y_w
         cfg = replace(cfg, labels="argmax")
-    seed, start = cfg.seed, initial_model(cfg)
+    seed = cfg.seed
+    start = initial_model(cfg)
     dataset = load_dataset(cfg, stage, start["tokens"])
     if dataset.pairs:
         print(find("expected_time", "beyond.custom_data")(cfg, dataset, start, device))

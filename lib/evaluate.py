@@ -43,13 +43,15 @@ class EvalSet:
 
 def make_eval_set(dataset, pairs, reference, cfg: EvalConfig, device, infer=LOCAL) -> EvalSet:
     """Sample pi_ref on the held-out prompts. `pairs`: None to form them from the samples."""
-    N, K = cfg.ref_samples, min(cfg.completions, 16)
+    N = cfg.ref_samples
+    K = min(cfg.completions, 16)
     how = dataset, cfg.seed, "sampling pi_ref", infer
     samples, shown, values = measure(infer.load(reference, device), dataset.eval_prompts, N, *how)
     about = means_and_errors(values)
     if pairs is not None:
         return EvalSet(about, shown, None, values["length"], pairs, None)
-    rewards, used = values["reward"], 16 // K * K
+    rewards = values["reward"]
+    used = 16 // K * K
     some = [part.view(-1, N, part.size(1))[:, :used].flatten(0, 1) for part in samples]
     pairs = label_pairs(some, rewards[:, :used].reshape(-1, K), cfg.labels, cfg.seed)
     r = dataset.reward(decode_rows(pairs.ids, load_tokenizer(dataset.tokens)))
@@ -79,8 +81,10 @@ def evaluate_policy(policy, reference, dataset, eval_set, beta, cfg, device, inf
     Metrics of pairs are those of DPO's implicit reward, whatever loss pi_theta was trained with.
     Returns "point", a row of results.json, and "shown", some of the samples.
     """
-    pi_theta, pi_ref = infer.load(policy, device), infer.load(reference, device)
-    M, how = cfg.samples, (dataset, cfg.seed, "sampling pi_theta", infer)
+    pi_theta = infer.load(policy, device)
+    pi_ref = infer.load(reference, device)
+    M = cfg.samples
+    how = dataset, cfg.seed, "sampling pi_theta", infer
     (ids, mask, _), shown, values = measure(pi_theta, dataset.eval_prompts, M, *how)
     kl = values["kl"] = infer.mean_kl(pi_theta, pi_ref, ids, mask).view(-1, M)
     loss = partial(dpo.dpo, beta=beta)
@@ -105,9 +109,10 @@ def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=
     found = {name: value.item() for name, value in dpo.pair_metrics(share, *losses).items()}
     found["pair_accuracy"] = found.pop("accuracy")
     if gap is not None:
-        gap, margin = gap.double(), r_hat_w - r_hat_l  # unweighted: a flip changes nothing
+        gap = gap.double()
+        margin = r_hat_w - r_hat_l
         found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # of r* itself
-        slope = (margin @ gap) / (gap @ gap)
+        slope = (margin @ gap) / (gap @ gap)  # unweighted: a flip of a pair changes nothing
         found["reward_slope"] = slope.item()
         found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()
     return found | {"pairs": len(pairs.pairs)}
@@ -151,15 +156,17 @@ def fraction_of_optimal(ref_r: Tensor, r: Tensor, kl: Tensor) -> dict:
 
     ref_r: (P, N). r, kl: means per prompt, (P,). None where the optimum cannot be estimated.
     """
-    frontier, P = optimal_frontier(ref_r), len(r)
+    frontier = optimal_frontier(ref_r)
+    P = len(r)
     ref_r, r, kl = (values.double().numpy() for values in (ref_r.mean(1), r, kl))
-    optimal_kl, optimal_gain = frontier["kl"], frontier["reward"] - ref_r  # (80, P)
+    optimal_kl = frontier["kl"]
+    optimal_gain = frontier["reward"] - ref_r  # (80, P)
 
     def fraction(w):  # weights of the prompts (P,)
         largest = np.interp(kl @ w, [0, *optimal_kl @ w], [0, *optimal_gain @ w])
         return float((r - ref_r) @ w / largest)
 
-    found, se = None, None
+    found = se = None
     if 0 < kl.mean() <= optimal_kl.mean(1)[frontier["reliable"]].max(initial=0.0):
         found = fraction(np.full(P, 1 / P))
         without_one = [fraction(w) for w in (1 - np.eye(P)) / (P - 1)]

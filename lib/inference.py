@@ -23,7 +23,8 @@ def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     Rows are computed in up to four groups of similar length, which have little padding, and logits
     for response tokens only. ids, mask: (B, T); each row needs a response. Returns (B, T) nats.
     """
-    ids, mask = ids.to(pi.device), mask.to(pi.device)
+    ids = ids.to(pi.device)
+    mask = mask.to(pi.device)
     lengths = row_lengths(mask)
     groups = lengths.argsort().chunk(1 + min(3, ids.numel() * pi.config.n_embd // 150_000))
     logps = []
@@ -83,7 +84,9 @@ def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: s
     random numbers.
     """
     rng = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
-    c, end, repeated = pi.config, tokenizer.eot_token, [x for x in prompts for _ in range(n)]
+    c = pi.config
+    end = tokenizer.eot_token
+    repeated = [x for x in prompts for _ in range(n)]
     rows = min(1024, 16 + (1 << 26) // (c.n_layer * c.context * c.n_embd))  # their cache: 512 MB
     starts = tqdm(range(0, len(repeated), rows), what, delay=1)
     batches = [sample(pi, repeated[i : i + rows], end, generator=rng) for i in starts]

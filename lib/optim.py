@@ -23,7 +23,8 @@ def linear_warmup_decay(steps: int) -> Callable[[int], float]:
 
 def random_batches(n: int, batch_size: int, epochs: int, seed: int) -> list[torch.Tensor]:
     """The numbers below n in random batches, in another order in each epoch."""
-    generator, batches = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
     for _ in range(epochs):
         batches += torch.randperm(n, generator=generator).tensor_split(math.ceil(n / batch_size))
     return batches

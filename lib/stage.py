@@ -83,12 +83,15 @@ class Describer(pickle.Pickler):
             yield getattr(definition, name, None)
         for cell in getattr(definition, "__closure__", None) or ():
             yield cell.cell_contents
-        tree, module = code_of(definition), inspect.getmodule(definition)
+        tree = code_of(definition)
+        module = inspect.getmodule(definition)
         yield ast.dump(tree)
         for node in ast.walk(tree):
-            owner, name = module, getattr(node, "id", None)  # of a Name
+            owner = module
+            name = getattr(node, "id", None)  # of a Name
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                owner, name = vars(module).get(node.value.id), node.attr  # of MODULE.name
+                owner = vars(module).get(node.value.id)
+                name = node.attr  # of MODULE.name
             if isinstance(owner, ModuleType) and in_project(owner):
                 value = vars(owner).get(name)
                 if not isinstance(value, ModuleType):
@@ -126,7 +129,8 @@ class Stage:
         self.seconds = {}  # of each stage, now or in an earlier run
 
     def __call__(self, name: str, function: Callable, *args: object):
-        key, path = stage_key(function, args), self.folder / f"{name}.pt"
+        key = stage_key(function, args)
+        path = self.folder / f"{name}.pt"
         found = self.read(path)
         if found.get("key") == key:
             print(f"[{name}] cached")
