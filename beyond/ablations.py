@@ -263,8 +263,8 @@ def coverage() -> dict[str, dict]:
             logits = (logits - 1.5 * gradient).detach().requires_grad_()
         return logits.log_softmax(-1).detach()
 
-    policies = {"pi_ref": ref, "two islands": minimiser([(0, 1), (2, 3)])}
-    policies["with a bridge"] = minimiser([(0, 1), (2, 3), (1, 2)])
+    policies = {"pi_ref": ref, "pairs (1,2), (3,4)": minimiser([(0, 1), (2, 3)])}
+    policies["pairs (1,2), (2,3), (3,4)"] = minimiser([(0, 1), (2, 3), (1, 2)])
     policies["optimum"] = dpo.optimal_policy(ref, r, 1.0)[0]
     start = (ref.exp() @ r).item()
     return {
@@ -507,7 +507,8 @@ def draw_coverage(ax, results: dict, *_: dict) -> str:
     ax.set(ylim=(0, 1), ylabel="probability")
     ax.legend(frameon=False, fontsize="small")
     apart, bridged = (
-        results["coverage"][name]["gain"] for name in ("two islands", "with a bridge")
+        results["coverage"][name]["gain"]
+        for name in ("pairs (1,2), (3,4)", "pairs (1,2), (2,3), (3,4)")
     )
     return (
         f"pairs ($y_1$, $y_2$) and ($y_3$, $y_4$) gain {apart:+.2f};\n"

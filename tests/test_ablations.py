@@ -71,18 +71,18 @@ def test_verbose_labels_pay_for_length(monkeypatch):
 
 
 def test_pairs_that_do_not_connect_leave_mass_where_no_reward_is():
-    """Pairs within two islands give the right odds on each island, and wrong mass between them.
+    """Pairs of two separate sets give the right odds in each set, and the wrong mass to the sets.
 
     One more pair that connects them gives the optimum of Eq. 4.
     """
     found = ablations.coverage()
-    names = ("two islands", "with a bridge", "optimum")
-    islands, bridge, optimum = (torch.tensor(found[name]["p"]) for name in names)
+    names = ("pairs (1,2), (3,4)", "pairs (1,2), (2,3), (3,4)", "optimum")
+    separate, connected, optimum = (torch.tensor(found[name]["p"]) for name in names)
     odds = optimum[0::2] / optimum[1::2]
-    torch.testing.assert_close(islands[0::2] / islands[1::2], odds, rtol=1e-6, atol=0)
-    assert islands[:2].sum() > 0.5 > 0.02 > optimum[:2].sum()
-    assert found["two islands"]["gain"] < 0 < found["with a bridge"]["gain"]
-    torch.testing.assert_close(bridge, optimum, rtol=0, atol=1e-4)
+    torch.testing.assert_close(separate[0::2] / separate[1::2], odds, rtol=1e-6, atol=0)
+    assert separate[:2].sum() > 0.5 > 0.02 > optimum[:2].sum()
+    assert found["pairs (1,2), (3,4)"]["gain"] < 0 < found["pairs (1,2), (2,3), (3,4)"]["gain"]
+    torch.testing.assert_close(connected, optimum, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------- a tiny run
