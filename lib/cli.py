@@ -65,8 +65,7 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
     parser = Parser(prog, f"{prog} [flags]", doc, formatter_class=style, allow_abbrev=False)
     parser.epilog = "Defaults, in parentheses, depend on --data: try --data imdb --help."
     for field in dataclasses.fields(settings):
-        name = field.name
-        text = field.metadata["help"]
+        name, text = field.name, field.metadata["help"]
         default = preset.get(name, field.default)
         parser.set_defaults(**{name: default})
         if text:

@@ -85,12 +85,14 @@ def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: s
     """
     rng = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
     c = pi.config
-    end = tokenizer.eot_token
-    repeated = [x for x in prompts for _ in range(n)]
     rows = min(1024, 16 + (1 << 26) // (c.n_layer * c.context * c.n_embd))  # their cache: 512 MB
-    starts = tqdm(range(0, len(repeated), rows), what, delay=1)
-    batches = [sample(pi, repeated[i : i + rows], end, generator=rng) for i in starts]
-    samples = tuple(map(torch.cat, zip(*batches, strict=True)))
+    # A batch computes its prompts together, up to the end of the shortest.
+    order = torch.tensor([len(x) for x in prompts]).repeat_interleave(n).argsort(stable=True)
+    batches = [
+        sample(pi, [prompts[i // n] for i in batch], tokenizer.eot_token, generator=rng)
+        for batch in tqdm(order.split(rows), what, delay=1)
+    ]
+    samples = tuple(torch.cat(part)[order.argsort()] for part in zip(*batches, strict=True))
     return samples, decode_rows(samples[0], tokenizer)
 
 

@@ -90,7 +90,7 @@ def test_log_probabilities_from_sampling_equal_a_rescoring():
     """Also where rows of other prompt lengths share the batch. pitfalls 9, 11, 18"""
     pi, end = gpt(dtype=torch.float32), TOKENIZER.eot_token
     prompts = [[1, 2, 3, 4], [5], [6, 7]] * 100
-    (ids, mask, logps), texts = generate(pi, prompts, 4, TOKENIZER, 0, "samples")  # 3 batches
+    (ids, mask, logps), texts = generate(pi, prompts, 4, TOKENIZER, 0, "samples")  # 2 batches
     prompts = [x for x in prompts for _ in range(4)]
     assert texts == [str(row) for row in ids.tolist()]
     torch.testing.assert_close(logps, compute_logps(pi, ids, mask), atol=2e-5, rtol=1e-4)
