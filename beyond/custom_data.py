@@ -108,9 +108,9 @@ def wilson_interval(p: float, n: int) -> tuple[float, float]:
 
 
 def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device) -> str:
-    """How long training will take, judged by one step on random tokens."""
+    """How long training and scoring will take, judged by one step on random tokens."""
     pi = load_gpt(checkpoint, device)
-    ids = torch.randint(256, (32, min(pi.config.context, 64)), device=device)
+    ids = torch.randint(256, (8, min(pi.config.context, 256)), device=device)
     start = time.perf_counter()
     fast_response_logps(pi, ids, torch.arange(ids.size(1)).expand_as(ids) > 0).sum().backward()
     seconds = (time.perf_counter() - start) / ids.numel() * tokens_to_train(cfg, dataset)
@@ -119,12 +119,15 @@ def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device)
 
 
 def tokens_to_train(cfg, dataset: Dataset) -> int:
-    """The approximate number of tokens in all training steps."""
+    """The approximate number of tokens in all training steps.
+
+    Scoring the pairs with pi_ref is a forward pass, which takes a third of the time of a step.
+    """
     texts, pairs = dataset.sft_texts, dataset.pairs
     steps, _, _ = sft_settings(cfg, len(texts))
     sft_epochs = steps * cfg.sft_batch_size / len(texts)
     how = Training(cfg.frozen, cfg.optimizer, cfg.lr, cfg.epochs, cfg.batch_size, cfg.seed)
     dpo_epochs = sum(map(len, how.batches(pairs))) / (int(pairs.prompt.max()) + 1)
     in_pairs = row_lengths(pairs.mask).sum()
-    tokens = sft_epochs * sum(map(len, texts)) + len(cfg.beta) * dpo_epochs * in_pairs
-    return int(tokens)
+    passes = len(cfg.beta) * dpo_epochs + 1 / 3
+    return int(sft_epochs * sum(map(len, texts)) + passes * in_pairs)

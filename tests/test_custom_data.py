@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import data
 import dpo
 import tiny
-from beyond.custom_data import load_pairs, to_preferences, with_ref_logps
+import train
+from beyond.custom_data import load_pairs, to_preferences, tokens_to_train, with_ref_logps
 from lib.checkpoint import load_gpt
 
 from tiny import CPU, lines, pairs
@@ -106,3 +107,11 @@ def test_shared_responses_are_one_row_and_every_pair_is_kept():
     tolerance = 0.1 if pi_ref.bf16 else 1e-4
     torch.testing.assert_close(scored.ref_logps, expected, atol=tolerance, rtol=0)
     assert (scored.ref_logps[scored.mask] < 0).all() and scored.pairs is preferences.pairs
+
+
+def test_expected_time_counts_fine_tuning_scoring_and_dpo(tmp_path):
+    dataset = load(tmp_path / "pairs.jsonl", [row(f"{i} is", " good.", " bad.") for i in range(20)])
+    cfg = train.Config(sft_steps=9, sft_batch_size=4, beta=(1.0, 2.0, 3.0), epochs=2)
+    tuned = 9 * 4 / len(dataset.sft_texts) * sum(map(len, dataset.sft_texts))
+    in_pairs = sum(int(row.nonzero().max()) + 1 for row in dataset.pairs.mask)
+    assert tokens_to_train(cfg, dataset) == int(tuned + (3 * 2 + 1 / 3) * in_pairs)
