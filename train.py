@@ -55,13 +55,13 @@ class Config:
     reviews: int = flag(12_000, "reviews to fine-tune pi_ref on", 1)
     sft_steps: int | None = flag(300, "fine-tuning steps; own data: 2 epochs", 0)
     sft_batch_size: int = flag(32)
-    prompts: int = flag(4_000, "prompts to collect preferences on", 1)
-    completions: int = flag(4, "completions per prompt", 2)
+    prompts: int = flag(2_000, "prompts to collect preferences on", 1)
+    completions: int = flag(8, "completions per prompt", 2)
     frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
     lr: float = flag(0.009, "SGD's peak learning rate at beta 1; times beta^-1.25", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own data: enough for 100 steps", 1)
-    batch_size: int = flag(64, "prompts per DPO step", 1)
+    batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
     ref_samples: int = flag(256, "samples of pi_ref per prompt", 16)
     eval_samples: int = flag(80, "samples of pi_theta per prompt", 1)
@@ -82,8 +82,7 @@ PRESETS = {  # what differs for the other datasets
         "lr": 1.2e-4,
         "batch_size": 4,
         "eval_prompts": 64,
-        "ref_samples": 384,
-        "eval_samples": 40,
+        "eval_samples": 24,
     },
     "own": {
         "init": PI_REF,

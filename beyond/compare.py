@@ -212,6 +212,7 @@ class Config(train.Config):
     loss_args: tuple = flag(())
     beta: tuple = flag(())
     prompts: int = flag(3_000, "prompts to collect preferences on", 8)
+    completions: int = flag(4, "completions per prompt", 2)
     batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1)
     methods: tuple = flag(tuple(METHODS), "methods to run", choices=tuple(METHODS))

@@ -68,6 +68,8 @@ class Config(train.Config):
     beta: tuple = flag(BETAS, "DPO's KL penalties", 1e-4)
     eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1)
     prompts: int = flag(10_000, "prompts to collect preferences on", 8)
+    completions: int = flag(4, "completions per prompt", 2)
+    batch_size: int = flag(64, "prompts per DPO step", 1)
     methods: tuple = flag(METHODS, "methods to run", choices=METHODS)
     ppo_beta: tuple = flag(PPO_BETAS, "KL penalties of PPO", 1e-4)
     gt_beta: tuple = flag(GT_BETAS, "KL penalties of PPO-GT", 1e-4)
@@ -85,7 +87,7 @@ class Config(train.Config):
 PRESETS = {
     "imdb": train.PRESETS["imdb"]
     | {"beta": IMDB_BETAS, "ppo_beta": IMDB_PPO_BETAS, "gt_beta": IMDB_PPO_BETAS}
-    | {"eval_samples": 24, "reward_lr": (2e-4,)}
+    | {"ref_samples": 384, "reward_lr": (2e-4,)}
     | {"ppo_iterations": 30, "ppo_minibatches": 4, "ppo_lr": 1e-4}
 }
 
