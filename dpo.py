@@ -101,7 +101,8 @@ def frontier(r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Estimate reward and KL of the optimum (Eq. 4) from N samples of pi_ref.
 
     r: (..., N) rewards of the samples in nats. beta broadcasts against it. The samples get weights
-    w_i ~ exp(r_i / beta), which sum to 1. Returns the mean reward, KL(pi_r, pi_ref) and the
+    w_i proportional to
+    exp(r_i / beta), which sum to 1. Returns the mean reward, KL(pi_r, pi_ref) and the
     effective sample size 1 / sum_i w_i^2, each of shape (...). The estimate is only reliable while
     the effective sample size is large: its KL cannot exceed log N, and its reward is biased low.
     """
@@ -231,7 +232,7 @@ def train(
 ) -> Iterator[dict[str, Tensor]]:
     """Take one optimizer step per batch of prompts, and yield its metrics as scalar tensors.
 
-    A generator: nothing is trained until its values are taken, one step for each.
+    A generator: each value requested from it takes one training step.
 
     loss: for instance `partial(dpo, beta=0.1)`. pi_ref enters only through preferences.ref_logps.
     batches: tensors of prompt numbers. logps_fn: computes log-probabilities as `response_logps`

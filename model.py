@@ -38,7 +38,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     T, S = q.size(2), k.size(2)
     if T == S and (q.is_cuda or q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # With a cache, and in bfloat16 on a CPU, plain products are faster at these lengths.
+    # With a cache, and in bfloat16 on a CPU, explicit matmuls are faster at these lengths.
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, nh, T, S)
     future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)
     return (scores + future).softmax(-1).to(v.dtype) @ v
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         if cache is not None:  # (2, B, nh, context, hs)
             cache[:, :, :, start : start + T] = qkv[1:]
-            k, v = cache  # all of it, because products with a part are slower
+            k, v = cache  # the whole cache: matmuls with a slice are slower
         y = causal_attention(q, k, v, start)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 

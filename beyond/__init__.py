@@ -1,1 +1,1 @@
-"""What goes beyond the paper. It imports the core, which never imports it."""
+"""What goes beyond the paper. It imports the core, which loads some of it by name."""

@@ -212,7 +212,9 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="beyond.convert", description=__doc__, formatter_class=style)
     parser.add_argument("source", metavar="IN", type=Path, help="JSON lines, JSON array or CSV")
     parser.add_argument("out", metavar="OUT", type=Path, help="the new file; it must not exist")
-    parser.add_argument("--labels", choices=("bt", "argmax"), default="bt", help="of scores (bt)")
+    parser.add_argument(
+        "--labels", choices=("bt", "argmax"), default="bt", help="how scores become labels (bt)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the labels (0)")
     args = parser.parse_args(argv)
     try:

@@ -8,8 +8,8 @@
 Then: python train.py --init gpt2.pt. The names are gpt2, gpt2-medium, gpt2-large and gpt2-xl.
 
 The environment variable HF_ENDPOINT changes the hub's address. The hub could not be reached while
-this was developed: downloading was tested against a local server with the same layout, headers
-and failures only.
+this was developed: downloading was tested only against a local server with the same layout, headers
+and failures.
 
 Both layouts have the same weights, except that GPT-2 keeps the matrices of its blocks transposed.
 What this file leaves out: tokenizers (a published model uses GPT-2's encoding), and weights that

@@ -293,7 +293,7 @@ def run(imdb: Path, out: Path, settings: Settings):
 def main(argv: list[str]) -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("beyond.pretrain", None, __doc__, formatter_class=style)
-    parser.add_argument("--imdb", type=Path, required=True, help="the archive")
+    parser.add_argument("--imdb", type=Path, required=True, help="the IMDb archive")
     parser.add_argument("--out", type=Path, default=Path("pi_ref"), help="the output folder")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="rounded up to hundreds")
     parser.add_argument("--seed", type=int, default=Settings.seed)

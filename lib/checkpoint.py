@@ -21,7 +21,7 @@ def load_gpt(checkpoint: dict, device) -> GPT:
     """The model of a checkpoint. It computes in bfloat16 where that is faster."""
     pi = GPT(GPTConfig(**checkpoint["config"]))
     pi.load_state_dict(checkpoint["weights"])
-    pi.bf16 = bf16_supported(device) and pi.config.n_embd >= 128  # no gain for smaller models
+    pi.bf16 = bf16_supported(device) and pi.config.n_embd >= 128  # slower for smaller models
     return pi.to(device)
 
 

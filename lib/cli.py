@@ -26,7 +26,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def at_least(low):
-    """A parser of numbers of the type of `low`, which must not be smaller."""
+    """A parser for numbers of the type of `low` that rejects values below it."""
 
     def number(text):
         value = type(low)(text)

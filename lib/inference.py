@@ -20,7 +20,7 @@ from model import GPT, sample
 def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """The same as `dpo.response_logps`, about 1.7 times as fast on a CPU.
 
-    Rows are computed in up to four groups of similar length, which have little padding, and logits
+    Rows are computed in up to four groups of similar length, to save padding. Logits are computed
     for response tokens only. ids, mask: (B, T); each row needs a response. Returns (B, T) nats.
     """
     ids = ids.to(pi.device)

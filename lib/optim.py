@@ -22,7 +22,7 @@ def linear_warmup_decay(steps: int) -> Callable[[int], float]:
 
 
 def random_batches(n: int, batch_size: int, epochs: int, seed: int) -> list[torch.Tensor]:
-    """The numbers below n in random batches, in another order in each epoch."""
+    """Random batches of the numbers 0 to n - 1, reshuffled in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(epochs):

@@ -159,5 +159,5 @@ class Stage:
                 found = torch.load(path, map_location="cpu", weights_only=True)
             return found if "key" in found else {}
         except Exception as e:  # damaged files may raise anything
-            print(f"{path}: is damaged, and is computed again ({e})")
+            print(f"{path}: damaged; computing it again ({e})")
             return {}

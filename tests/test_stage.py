@@ -337,7 +337,7 @@ def test_a_damaged_or_foreign_file_is_computed_again(damage, run, tmp_path, monk
     path = tmp_path / "double.pt"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     assert run() == 6 and double.calls == 2
-    told = "double.pt: is damaged, and is computed again" in capsys.readouterr().out
+    told = "double.pt: damaged; computing it again" in capsys.readouterr().out
     assert told == (damage != "another dictionary")
     assert run() == 6 and double.calls == 2 and "damaged" not in capsys.readouterr().out
     assert not Path("executed").exists()
