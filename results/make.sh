@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 for seed in 0 1 2 3 4 5 6 7 8 9; do
     python train.py --seed $seed --out results/toy-$seed
+    python train.py --seed $seed --completions 4 --prompts 4000 --batch-size 64 --out results/four-toy-$seed
 done
 for seed in 0 1 2; do
     python train.py --data imdb ${IMDB:+--imdb "$IMDB"} --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 \

@@ -102,6 +102,20 @@ def test_intervals_are_those_of_the_results():
     assert len(claimed) > 15 and claimed <= known
 
 
+def test_the_table_of_four_and_eight_completions_is_that_of_the_results():
+    """results/toy-completions.md, from the same ten seeds"""
+    text = (ROOT / "results/toy-completions.md").read_text(encoding="utf-8")
+    for K, runs in ((4, results("four-toy")), (8, results("toy"))):
+        assert len(runs) == 10 and {run["config"]["completions"] for run in runs} == {K}
+        n = np.mean([run["pairs"] for run in runs])
+        for points in zip(*(run["points"] for run in runs), strict=True):
+            cells = []
+            for name in ("reward_r2", "reward_slope", "fraction_of_optimal"):
+                values = [point[name] for point in points]
+                cells.append(f"{np.mean(values):.3f} ± {np.std(values):.3f}")
+            assert f"| {K} | {n:,.0f} | {points[0]['beta']:g} | {' | '.join(cells)} |" in text
+
+
 def test_the_judges_table_is_that_of_its_results():
     """docs/imdb.md, from results/imdb-0/judge.json"""
     text = (ROOT / "docs/imdb.md").read_text(encoding="utf-8")
