@@ -312,7 +312,7 @@ def run(offered: dict[str, Callable]) -> list[Result]:
 
 @contextmanager
 def hypothesis_profile(examples: int, shrink: bool = True):
-    """Reproducible examples, without touching the settings of a surrounding test run."""
+    """Settings for theorems that are imported inside: reproducible, and `examples` of each."""
     from hypothesis import HealthCheck, Phase, settings
 
     before = settings.get_current_profile_name()

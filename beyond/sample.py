@@ -104,11 +104,11 @@ def read_config(folder: Path) -> dict:
 
 
 def true_reward(folder: Path) -> Reward | None:
-    """r* of a run: the one in its stage `dataset`, or of the toy dataset if that file is absent."""
+    """r* of a run: that of the toy grammar, or the one in the stage `dataset`. None if unknown."""
+    if read_config(folder).get("data") == "toy":
+        return WordReward(WEIGHT)
     path = folder / "dataset.pt"
-    if path.exists():
-        return load_stage(path).reward
-    return WordReward(WEIGHT) if read_config(folder).get("data") == "toy" else None
+    return load_stage(path).reward if path.exists() else None
 
 
 def load_stage(path: Path):

@@ -98,6 +98,7 @@ class Describer(pickle.Pickler):
                     yield value
 
 
+@functools.cache
 def in_project(module: ModuleType | None) -> bool:
     """Whether a module is neither installed nor part of Python."""
     file = getattr(module, "__file__", None)

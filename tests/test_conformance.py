@@ -16,19 +16,27 @@ from beyond import conformance
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def failures(module, examples: int = 20, most: int | None = None) -> list[conformance.Result]:
+@pytest.fixture(autouse=True, scope="module")
+def few_examples():
+    """Hypothesis fixes the number of examples on import, so the theorems are imported again."""
+    with pytest.MonkeyPatch.context() as patch, conformance.hypothesis_profile(12, shrink=False):
+        for name in conformance.THEOREMS:
+            patch.delitem(sys.modules, name, raising=False)
+        yield
+
+
+def failures(module, most: int | None = None) -> list[conformance.Result]:
     """The first theorems that fail for what a module offers, or all."""
     offered = conformance.adapt(module)
     assert offered
-    with conformance.hypothesis_profile(examples, shrink=False):
-        results = (conformance.check(theorem, offered) for theorem in conformance.theorems())
-        return [*islice((result for result in results if result.outcome == "fails"), most)]
+    results = (conformance.check(theorem, offered) for theorem in conformance.theorems())
+    return [*islice((result for result in results if result.outcome == "fails"), most)]
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.function.__name__)
 def test_wrong_implementation_is_diagnosed(case):
     """One mistake  =>  the first failing statement names it, with its pitfall.  pitfall 32"""
-    [diagnosis] = failures(SimpleNamespace(**{case.offer: case.function}), 12, most=1)
+    [diagnosis] = failures(SimpleNamespace(**{case.offer: case.function}), most=1)
     assert diagnosis.name == f"test_{case.theorem}"
     assert diagnosis.theorem.mistake.pitfall == case.pitfall
 
