@@ -1,7 +1,7 @@
 """The figures of a run, and one page with figures, table, settings, command and samples.
 
 `write_results` writes out/results.json after each beta; everything else comes from that file.
-train.py draws figures and page at its end, and `python -m lib.report out` draws them again. The
+train.py draws figures and page at its end, and `python -m beyond.page out` draws them again. The
 page is self-contained. In the samples, the colour of a word is its contribution in context:
 r*(text) - r*(text without the word), in nats. Words that raise r* are green and underlined, and
 words that lower it are red with a dotted underline; blue and orange stand for pi_ref and pi_theta.
@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import shlex
+import sys
 import textwrap
 from html import escape
 from itertools import zip_longest
@@ -28,7 +29,7 @@ from beyond.sample import printable, true_reward
 from data import Dataset, Reward, load_tokenizer
 from dpo import Preferences
 from lib.evaluate import EvalSet, optimal_frontier
-from lib.io import atomic_write, open_user_file
+from lib.io import BadInput, atomic_write, open_user_file
 from lib.optim import bf16_supported
 from lib.stage import Stage
 from train import PRESETS, Config
@@ -431,3 +432,16 @@ def write_page(out: Path) -> str:
         text = samples_text(results["prompts"], results["samples"])
         atomic_write(out / "samples.txt", text.encode())
         return summary(results)
+
+
+def main(argv: list[str]) -> int:
+    try:
+        print(write_page(Path(argv[-1] if argv else "out")))
+    except BadInput as e:
+        print(f"beyond.page: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

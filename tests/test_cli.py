@@ -3,8 +3,11 @@
 import dataclasses
 import gzip
 import pickle
+import platform
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -317,3 +320,20 @@ def test_help_fits_on_two_screens_and_explains_every_flag(capsys, monkeypatch):
     for field in dataclasses.fields(train.Config):
         flag = "--" + field.name.replace("_", "-")
         assert (f"\n  {flag}" in text) == bool(field.metadata["help"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again():
+    """The second and third tensor of 20 MB  =>  no page is asked for again, of 5,000"""
+    lines = [
+        "import resource, torch",
+        "from lib import cli",
+        "cli.keep_freed_memory()",
+        "for _ in range(3):",
+        "    torch.zeros(5_000_000)",
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    found = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    first, _, third = map(int, found.stdout.split())
+    assert third - first < 500

@@ -1,4 +1,4 @@
-"""beyond/page.py and lib/report.py: page, figures, samples and table, all from results.json."""
+"""beyond/page.py: page, figures, samples and table, all from results.json."""
 
 import html
 import json
@@ -13,7 +13,7 @@ import torch
 
 from beyond import page
 from beyond.custom_data import wilson_interval
-from lib import cli, report
+from lib import cli
 from tiny import ROOT
 from train import PRESETS, Config
 
@@ -176,12 +176,12 @@ def test_a_browser_shows_it_without_errors(width, scheme, toy, tmp_path):
     assert (found["plus"], found["minus"]) == ("solid", "dotted")
 
 
-# ------------------------------------------------- python -m lib.report
+# ------------------------------------------------- python -m beyond.page
 
 
 def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
     shutil.copy(toy.folder / "results.json", tmp_path)
-    command = [sys.executable, "-m", "lib.report", str(tmp_path)]
+    command = [sys.executable, "-m", "beyond.page", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == page.summary(toy.results)
@@ -194,7 +194,7 @@ def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
 def test_a_folder_without_results_is_one_line(found, tmp_path, capsys):
     if found is not None:
         (tmp_path / "results.json").write_text(found)
-    assert report.main([str(tmp_path)]) == 2
+    assert page.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "results.json: cannot be read as the results of a run" in error
     assert error.count("\n") == 1 and not (tmp_path / "report.html").exists()
