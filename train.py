@@ -25,7 +25,7 @@ from lib.evaluate import EvalConfig, evaluate_policy, make_eval_set, measure
 from lib.extension import find, load_loss
 from lib.inference import LOCAL, collate, fast_response_logps
 from lib.io import BadInput, cache_dir, open_user_file
-from lib.optim import OPTIMIZERS, linear_warmup_decay, random_batches
+from lib.optim import OPTIMIZERS, freeze, linear_warmup_decay, random_batches
 from lib.stage import Stage
 from model import GPT, GPTConfig
 
@@ -225,9 +225,7 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
     steps = len(batches)
     curves = []
     print(f"{steps:,} optimizer steps of up to {how.batch_size} prompts")
-    if how.frozen:
-        for module in (pi_theta.wte, pi_theta.wpe, *pi_theta.h[: how.frozen]):
-            module.requires_grad_(False)
+    freeze(pi_theta, how.frozen)
     optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(steps))
     log = dpo.train(pi_theta, preferences, loss, optimizer, batches, logps_fn=fast_response_logps)

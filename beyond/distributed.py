@@ -134,9 +134,7 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
     how_sharded = s.replicate, s.checkpoint_activations, s.compile
     pi_theta, pi_ref = shard(reference, device, *how_sharded), shard(reference, device, s.replicate)
     batches, curves = how.batches(preferences), []
-    if how.frozen:
-        for module in (pi_theta.wte, pi_theta.wpe, *pi_theta.h[: how.frozen]):
-            module.requires_grad_(False)
+    optim.freeze(pi_theta, how.frozen)
     optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
     for row in train_sharded(pi_theta, preferences, loss, optimizer, batches, how.lr, job):
         curves.append(row)

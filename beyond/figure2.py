@@ -104,6 +104,7 @@ def ppo_config(cfg: Config, beta: float) -> PPOConfig:
         lam=cfg.ppo_lam,
         whiten=not cfg.ppo_raw,
         beta=beta,
+        frozen=cfg.frozen,
     )
 
 

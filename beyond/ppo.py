@@ -43,7 +43,7 @@ import dpo
 from beyond.pairs import Ids, Reward
 from dpo import Preferences
 from lib.inference import fast_response_logps
-from lib.optim import linear_warmup_decay
+from lib.optim import freeze, linear_warmup_decay
 from model import GPT, sample
 
 # ------------------------------------------------- models with a scalar output
@@ -235,6 +235,7 @@ class PPOConfig:
     whiten: bool = False  # the advantages
     beta: float = 0.5  # initial value; stays fixed without a target KL
     target_kl: float | None = None  # adapt beta to this KL(pi_theta, pi_ref), in nats per response
+    frozen: int = 0  # N > 0: the embeddings and first N blocks of both models are not trained
     gain: float = 0.3  # of the controller: beta changes by at most 0.2 * gain per iteration
 
 
@@ -319,6 +320,8 @@ def ppo(
     pi_theta, critic = (copy.deepcopy(m).requires_grad_(True) for m in (pi_ref, critic))
     if pi_theta.bias is not None:
         pi_theta.bias.requires_grad_(False)  # its scale suits SGD; Adam's steps would be too long
+    for gpt in (pi_theta, critic.gpt):
+        freeze(gpt, config.frozen)
     optimizers = adamw(pi_theta, config.lr), adamw(critic, config.critic_lr)
     multiplier = linear_warmup_decay(config.iterations)
     rng = random.Random(seed)

@@ -6,6 +6,8 @@ from functools import partial
 
 import torch
 
+from model import GPT
+
 
 def bf16_supported(device: torch.device) -> bool:
     """Whether the hardware computes in bfloat16. Elsewhere it is very slow."""
@@ -19,6 +21,12 @@ def linear_warmup_decay(steps: int) -> Callable[[int], float]:
     """Learning-rate multiplier: linear warmup over 2 % of the steps, times linear decay to 0."""
     warmup = 0.02 * steps
     return lambda step: min(1.0, (step + 1) / (warmup + 1)) * (1 - step / max(1, steps))
+
+
+def freeze(pi: GPT, blocks: int):
+    """Do not train the embeddings and the first blocks, unless `blocks` is 0."""
+    for module in (pi.wte, pi.wpe, *pi.h[:blocks]) if blocks else ():
+        module.requires_grad_(False)
 
 
 def random_batches(n: int, batch_size: int, epochs: int, seed: int) -> list[torch.Tensor]:

@@ -375,6 +375,15 @@ def test_policy_learns_only_after_the_warmup_of_the_critic():
     assert distance(critic.parameters(), ppo.ValueModel(gpt(0)).parameters()) == 0
 
 
+def test_frozen_blocks_and_embeddings_stay_those_of_pi_ref():
+    """frozen = 1  =>  of pi_theta, only the blocks after the first and the last LayerNorm move"""
+    config = replace(LONG, iterations=2, batch_size=8, frozen=1)
+    pi_theta, _ = train(config)
+    before = gpt(0).state_dict()
+    for name, weight in pi_theta.state_dict().items():
+        assert torch.equal(weight, before[name]) == name.startswith(("wte", "wpe", "h.0.")), name
+
+
 def test_a_seed_determines_the_policy():
     """The same seed  =>  the same parameters. Another seed  =>  others, also with a single prompt,
     where only the samples can differ"""
