@@ -87,7 +87,7 @@ class Config(train.Config):
 PRESETS = {
     "imdb": train.PRESETS["imdb"]
     | {"beta": IMDB_BETAS, "ppo_beta": IMDB_PPO_BETAS, "gt_beta": IMDB_PPO_BETAS}
-    | {"ref_samples": 384, "reward_lr": (2e-4,)}
+    | {"ref_samples": 384, "eval_samples": 24, "reward_lr": (2e-4,)}
     | {"ppo_iterations": 30, "ppo_minibatches": 4, "ppo_lr": 1e-4}
 }
 
