@@ -288,9 +288,9 @@ def draw_optimum(ax, results: dict, y: str, right: float):
     ax.plot(*np.transpose(reliable), color="0.3", lw=2.5)
     if end < right:
         ax.axvspan(end, right, color="0.94", zorder=0)
-        style = {"color": "0.5", "fontsize": "small", "va": "top"}
+        style = {"color": "0.5", "fontsize": "small"}
         text = " the optimum cannot be\n estimated in this region"
-        ax.text(end, 0.985, text, transform=ax.get_xaxis_transform(), **style)
+        ax.text(end, 0.4, text, transform=ax.get_xaxis_transform(), **style)
     best = [(b["kl"], b[y]) for b in results["best_of_n"]]
     ax.plot(*np.transpose(best), "s:", color="0.55", ms=3, lw=1)
     ax.plot(0, start, "D", color="#1b6ca8", zorder=3)

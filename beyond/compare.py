@@ -211,6 +211,7 @@ class Config(train.Config):
     loss: str = flag("dpo")  # no flag, as the next two
     loss_args: tuple = flag(())
     beta: tuple = flag(())
+    sft_steps: int | None = flag(375, "fine-tuning steps", 0)
     prompts: int = flag(3_000, "prompts to collect preferences on", 8)
     completions: int = flag(4, "completions per prompt", 2)
     batch_size: int = flag(32, "prompts per DPO step", 1)

@@ -66,6 +66,9 @@ class Config(train.Config):
     loss: str = flag("dpo")  # no flag
     loss_args: tuple = flag(())
     beta: tuple = flag(BETAS, "DPO's KL penalties", 1e-4)
+    reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1)
+    sft_steps: int | None = flag(600, "fine-tuning steps", 0)
+    ref_samples: int = flag(512, "samples of pi_ref per prompt", 16)
     eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1)
     prompts: int = flag(10_000, "prompts to collect preferences on", 8)
     completions: int = flag(4, "completions per prompt", 2)

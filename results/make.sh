@@ -10,12 +10,12 @@ for seed in 0 1 2 3 4 5 6 7 8 9; do
 done
 for seed in 0 1 2; do
     python train.py --data imdb ${IMDB:+--imdb "$IMDB"} --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 \
-        --ref-samples 384 --eval-samples 40 --out results/imdb-$seed
+        --ref-samples 384 --out results/imdb-$seed
     python -m beyond.judge results/imdb-$seed ${IMDB:+--imdb "$IMDB"}
-    python -m beyond.explain --seed $seed --reviews 20000 --sft-steps 500 --ref-samples 384 --out results/explain-$seed
-    python -m beyond.compare --seed $seed --sft-steps 375 --out results/compare-$seed
-    python -m beyond.ablations --seed $seed --sft-steps 375 --out results/ablations-$seed
-    python -m beyond.figure2 --seed $seed --reviews 20000 --sft-steps 600 --ref-samples 512 --out results/figure2-$seed
+    python -m beyond.explain --seed $seed --out results/explain-$seed
+    python -m beyond.compare --seed $seed --out results/compare-$seed
+    python -m beyond.ablations --seed $seed --out results/ablations-$seed
+    python -m beyond.figure2 --seed $seed --out results/figure2-$seed
 done
 for name in figure2 explain compare ablations; do   # the tables of results/$name.md, and results/$name.png
     python -m beyond.$name --summary results/$name-[0-9]
