@@ -214,3 +214,7 @@ def test_the_experiments_table_compares_fractions_over_seeds():
     assert seen.endswith("| +0.100 [+0.075, +0.125] | seen |")
     unknown = explain.table([run(None)]).splitlines()[-1]
     assert unknown.endswith("|  |  |")
+
+
+def test_ppo_freezes_the_blocks_that_dpo_freezes():
+    assert figure2.ppo_config(figure2.Config(frozen=3), 0.5).frozen == 3
