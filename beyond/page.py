@@ -28,6 +28,7 @@ from beyond.custom_data import accuracy_line, wilson_interval
 from beyond.sample import printable, true_reward
 from data import Dataset, Reward, load_tokenizer
 from dpo import Preferences
+from lib.cli import Parser
 from lib.evaluate import EvalSet, optimal_frontier
 from lib.io import BadInput, atomic_write, open_user_file
 from lib.optim import bf16_supported
@@ -435,8 +436,10 @@ def write_page(out: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
+    parser = Parser("beyond.page", description="Draw table, figures and page of a run again.")
+    parser.add_argument("out", type=Path, nargs="?", default="out", help="the folder of a run (out)")
     try:
-        print(write_page(Path(argv[-1] if argv else "out")))
+        print(write_page(parser.parse_args(argv).out))
     except BadInput as e:
         print(f"beyond.page: {e}", file=sys.stderr)
         return 2
