@@ -437,7 +437,7 @@ def write_page(out: Path) -> str:
 
 def main(argv: list[str]) -> int:
     parser = Parser("beyond.page", description="Draw table, figures and page of a run again.")
-    parser.add_argument("out", type=Path, nargs="?", default="out", help="the folder of a run (out)")
+    parser.add_argument("out", type=Path, nargs="?", default="out", help="folder of a run (out)")
     try:
         print(write_page(parser.parse_args(argv).out))
     except BadInput as e:

@@ -193,7 +193,7 @@ def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
 def test_help_is_not_a_folder(capsys):
     with pytest.raises(SystemExit) as ended:
         page.main(["--help"])
-    assert ended.value.code == 0 and "the folder of a run" in capsys.readouterr().out
+    assert ended.value.code == 0 and "folder of a run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("found", [None, "{", '{"points": []}'])
