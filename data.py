@@ -258,8 +258,12 @@ def cut_prompts(texts: TokenLists, tokenizer, rng: random.Random) -> TokenLists:
     left out.
     """
     starts_word = [token.startswith(b" ") for token in token_bytes(tokenizer)]
-    places = [[n for n in range(2, min(9, len(ids))) if starts_word[ids[n]]] for ids in texts]
-    return [ids[: rng.choice(some)] for ids, some in zip(texts, places, strict=True) if some]
+    prompts = []
+    for ids in texts:
+        places = [n for n in range(2, min(9, len(ids))) if starts_word[ids[n]]]
+        if places:
+            prompts.append(ids[: rng.choice(places)])
+    return prompts
 
 
 # -------------------------------------------------- preferences

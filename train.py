@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ from lib import cli
 from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
 from lib.cli import flag
 from lib.evaluate import EvalConfig, evaluate_policy, make_eval_set, measure
-from lib.extension import find, load_loss
 from lib.inference import LOCAL, collate, fast_response_logps
 from lib.io import BadInput, cache_dir, open_user_file
 from lib.optim import OPTIMIZERS, freeze, linear_warmup_decay, random_batches
@@ -115,7 +115,7 @@ def load_dataset(cfg: Config, stage: Stage, tokens) -> data.Dataset:
             found = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
             load = partial(data.load_imdb, found, REWARD)
         else:
-            load = partial(find("load_pairs", "beyond.custom_data"), Path(cfg.data))
+            load = partial(import_module("beyond.custom_data").load_pairs, Path(cfg.data))
         return stage("dataset", load, sizes, cfg.seed, tokens)
 
 
@@ -136,10 +136,11 @@ def initial_model(cfg: Config) -> dict:
     """The checkpoint of --init, or random weights."""
     tokens = data.toy_tokens()
     if cfg.init:
-        read = read_checkpoint if Path(cfg.init).is_file() else find("published", "beyond.gpt2")
-        found = read(cfg.init)
+        gpt2 = import_module("beyond.gpt2")
+        is_file = Path(cfg.init).is_file()
+        found = read_checkpoint(cfg.init) if is_file else gpt2.published(cfg.init)
         if not cfg.from_scratch:
-            return find("resize_context", "beyond.gpt2")(found, cfg.context)
+            return gpt2.resize_context(found, cfg.context)
         tokens = found["tokens"]
     vocab_size = data.load_tokenizer(tokens).n_vocab
     torch.manual_seed(cfg.seed)
@@ -214,8 +215,8 @@ class Training:
 def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -> dict:
     """Train pi_theta from pi_ref. Returns its checkpoint, with all steps' metrics as "curves".
 
-    After each tenth of the steps, look(pi_theta, pi_ref, loss, curves, tenth) may add metrics to
-    the last row of the curves. look may be None.
+    After each step, look(pi_theta, pi_ref, loss, curves, steps) may add metrics to the last row of
+    the curves. look may be None.
     """
     if not len(preferences.pairs):
         raise BadInput("there are no pairs: all completions are equally good or identical")
@@ -236,9 +237,8 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             raise BadInput(f"training diverged at step {step}: lower --lr")
         curves.append(row)
-        tenth = step * 10 // steps
-        if look and tenth > (step - 1) * 10 // steps:
-            look(pi_theta, pi_ref, loss, curves, tenth)
+        if look:
+            look(pi_theta, pi_ref, loss, curves, steps)
         bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**row), False)
     return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
 
@@ -248,32 +248,32 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
 
 def run(cfg: Config, stage: Stage, device) -> str:
     """The experiment. Writes results.json after each beta, and returns its table."""
-    loss = load_loss(cfg.loss, cfg.loss_args)
+    loss = import_module("beyond.custom_loss").load_loss(cfg.loss, cfg.loss_args)
     if cfg.pairs == "best-worst":  # the best is y_w
         cfg = replace(cfg, labels="argmax")
     seed = cfg.seed
     start = initial_model(cfg)
     dataset = load_dataset(cfg, stage, start["tokens"])
     if dataset.pairs:
-        print(find("expected_time", "beyond.custom_data")(cfg, dataset, start, device))
+        print(import_module("beyond.custom_data").expected_time(cfg, dataset, start, device))
     settings = sft_settings(cfg, len(dataset.sft_texts))
     reference = stage("reference", sft, start, dataset.sft_texts, *settings, seed, device)
 
     eval_pairs = None
     if dataset.pairs:
-        score = find("with_ref_logps", "beyond.custom_data")
+        score = import_module("beyond.custom_data").with_ref_logps
         preferences, eval_pairs = stage("preferences", score, dataset, reference, device)
     else:
         made = stage("completions", complete, reference, dataset, cfg.completions, seed, device)
         if cfg.pairs == "best-worst":
-            made = find("best_worst", "beyond.pairs")(*made)
+            made = import_module("beyond.pairs").best_worst(*made)
         preferences = stage("preferences", data.label_pairs, *made, cfg.labels, seed)
     samples = min(cfg.eval_samples, cfg.ref_samples)
     ev = EvalConfig(cfg.ref_samples, samples, cfg.completions, cfg.labels, seed)
     eval_set = stage("eval_set", make_eval_set, dataset, eval_pairs, reference, ev, device)
 
-    monitor = find("Monitor", "beyond.monitor")
-    write_results = find("write_results", "beyond.page")
+    monitor = import_module("beyond.monitor").Monitor
+    page = import_module("beyond.page")
     runs = {}
     for beta in cfg.beta:
         lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls
@@ -283,8 +283,8 @@ def run(cfg: Config, stage: Stage, device) -> str:
         policy = stage(f"{cfg.loss.split(':')[-1]}-{beta:g}", train_dpo, reference, *args)
         args = reference, dataset, eval_set, beta, ev, device
         runs[beta] = policy, stage(f"eval-{beta:g}", evaluate_policy, policy, *args)
-        write_results(stage, cfg, dataset, eval_set, preferences, runs, device)
-    return find("write_page", "beyond.page")(stage.folder)
+        page.write_results(stage, cfg, dataset, eval_set, preferences, runs, device)
+    return page.write_page(stage.folder)
 
 
 def main(argv) -> int:

@@ -38,10 +38,11 @@ from tqdm import tqdm
 
 import dpo
 import train
+from beyond.custom_loss import load_loss
+from beyond.monitor import tenth_ending
 from beyond.sharded import SHARED, gather, logps_in_parts, shard
 from lib import cli, optim
 from lib.io import BadInput
-from lib.extension import load_loss
 from lib.stage import Stage, stage_key
 from model import GPT
 
@@ -138,8 +139,7 @@ def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how
     optimizer = OPTIMIZERS[how.optimizer](pi_theta.parameters(), how.lr)
     for row in train_sharded(pi_theta, preferences, loss, optimizer, batches, how.lr, job):
         curves.append(row)
-        step, steps = len(curves), len(batches)
-        if step * 10 // steps > (step - 1) * 10 // steps and "kl" not in row:
+        if tenth_ending(len(curves), len(batches)) and "kl" not in row:
             found, row["samples"] = look.look(pi_theta, pi_ref, loss, SHARED)
             row |= found
     return gather(pi_theta, reference) | {"curves": curves}

@@ -31,11 +31,14 @@ class Monitor:
         """What a stage's key depends on: not the path, which changes no result."""
         return {name: value for name, value in vars(self).items() if name != "path"}
 
-    def __call__(self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, rows: list[dict], tenth: int):
-        """Add metrics to the last row, and write the curves so far: each row is a step.
+    def __call__(self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, rows: list[dict], steps: int):
+        """After each tenth of the steps, add metrics to the last row, and write the curves so far.
 
-        Two samples are printed after 1, 4, 7 and 10 tenths of the training.
+        Each row is a step. Two samples are printed after 1, 4, 7 and 10 tenths of the training.
         """
+        tenth = tenth_ending(len(rows), steps)
+        if not tenth:
+            return
         found, texts = self.look(pi_theta, pi_ref, loss)
         for text in texts if tenth % 3 == 1 else []:
             tqdm.write(f"{tenth:3}0% | KL {found['kl']:.2f} | {' '.join(text.split())[:200]}")
@@ -70,3 +73,9 @@ class Monitor:
         if "rewards" in shown:
             texts = [f"r* {r:+.2f} | {text}" for r, text in zip(shown["rewards"], texts)]  # noqa: B905
         return found | {name: v.double().mean().item() for name, v in values.items()}, texts
+
+
+def tenth_ending(step: int, steps: int) -> int:
+    """The tenth of the training, 1 to 10, that ends with this step, or 0."""
+    tenth = step * 10 // steps
+    return tenth if tenth > (step - 1) * 10 // steps else 0

@@ -46,7 +46,8 @@ def row_lengths(mask: Tensor) -> Tensor:
 def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
     """Rows of token ids as ids and mask (R, T): padded with 0, and True from each start on."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    start, end = torch.tensor([starts, [len(row) for row in rows]])[..., None]  # (R, 1) each
+    start = torch.tensor(starts)[:, None]  # (R, 1)
+    end = torch.tensor([len(row) for row in rows])[:, None]
     place = torch.arange(ids.size(1))
     return ids, (start <= place) & (place < end)
 
@@ -56,7 +57,8 @@ def by_length(function: Callable, pi: GPT, ids: Tensor, mask: Tensor, what: str)
     order = row_lengths(mask).argsort()
     rows = max(1, (1 << 22) // (pi.config.context * pi.config.vocab_size))
     batches = tqdm(order.split(rows), what, delay=1)
-    return torch.cat([function(ids[rows], mask[rows]).cpu() for rows in batches])[order.argsort()]
+    results = torch.cat([function(ids[rows], mask[rows]).cpu() for rows in batches])
+    return results[order.argsort()]
 
 
 @torch.no_grad()
