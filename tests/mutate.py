@@ -9,19 +9,18 @@ nothing. Each mutant runs in a forked process, in which it takes the place of th
 """
 
 import ast
-import contextlib
 import copy
 import importlib
 import inspect
-import os
-import signal
+import multiprocessing
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import hypothesis
+import hypothesis  # noqa: F401  before the fork, because it takes a second
 import pytest
 import torch
 import torch.testing
@@ -38,34 +37,26 @@ THEOREMS = (
 )
 SECONDS = 120  # a mutant that runs longer is an endless loop, and counts as killed
 
-SWAPS = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-}
+SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq}
+SWAPS |= {after: before for before, after in SWAPS.items()}
 METHODS = {"sum": "mean", "mean": "sum", "max": "min", "min": "max", "any": "all", "all": "any"}
 
 # Mutants that compute the same function, each with the reason.
 EQUIVALENT = {
-    "plackett_luce: r.flip(-1).logcumsumexp(-1).flip(-1) -> r.flip(-1).logcumsumexp(-1)": (
-        "the terms are summed over k, so their order does not matter"
-    ),
+    # The terms are summed over k, so their order does not matter.
+    "plackett_luce: r.flip(-1).logcumsumexp(-1).flip(-1) -> r.flip(-1).logcumsumexp(-1)",
+    # Promotion is symmetric.
     "log_softmax: torch.promote_types(logits.dtype, torch.float32)"
-    " -> torch.promote_types(torch.float32, logits.dtype)": "promotion is symmetric",
-    "sequence_kl: -1 -> 1 (place 6)": "the tensor has two dimensions",
-    "sequence_kl: -1 -> 1 (place 7)": "the tensor has two dimensions",
-    "pair_logps: -1 -> 1": "the tensor has two dimensions",
-    "pair_logps: -1 -> 1 (place 2)": "the tensor has two dimensions",
-    "select: int(self.mask[rows].any(0).nonzero().max())"
-    " -> self.mask[rows].any(0).nonzero().max()": "a tensor of one number is a bound of a slice",
-    "select: 0 -> 1": "self.pairs[:, 1]: both rows of a pair have the same prompt",
+    " -> torch.promote_types(torch.float32, logits.dtype)",
+    # The tensor has two dimensions.
+    "sequence_kl: -1 -> 1 (place 6)",
+    "sequence_kl: -1 -> 1 (place 7)",
+    "pair_logps: -1 -> 1",
+    "pair_logps: -1 -> 1 (place 2)",
+    # A tensor of one number is a bound of a slice.
+    "select: int(self.mask[rows].any(0).nonzero().max()) -> self.mask[rows].any(0).nonzero().max()",
+    # self.pairs[:, 1]: both rows of a pair have the same prompt.
+    "select: 0 -> 1",
 }
 
 
@@ -85,17 +76,16 @@ class Mutant(NamedTuple):
 def mutants(source: str) -> list[Mutant]:
     """All mutants of a module, without those in EQUIVALENT."""
     tree = ast.parse(source)
-    found = {}
+    found, places = [], Counter()
     for function, node in code_nodes(tree):
         for edited in edits(node):
             after = "nothing" if edited is None else ast.unparse(edited)
-            edit = name = f"{function}: {ast.unparse(node)} -> {after}"
-            place = 1
-            while name in found:  # the same edit at another place of the function
-                place += 1
-                name = f"{edit} (place {place})"
-            found[name] = Mutant(name, tree, node, edited)
-    return [mutant for name, mutant in found.items() if name not in EQUIVALENT]
+            name = f"{function}: {ast.unparse(node)} -> {after}"
+            places[name] += 1  # the same edit at several places of the function
+            if places[name] > 1:
+                name = f"{name} (place {places[name]})"
+            found.append(Mutant(name, tree, node, edited))
+    return [mutant for mutant in found if mutant.name not in EQUIVALENT]
 
 
 def code_nodes(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
@@ -214,20 +204,18 @@ def cases(module: types.ModuleType, offered: dict) -> Iterator[tuple]:
 
 def in_fork(mutant: Mutant, examples: int) -> str | None:
     """`first_failure` in a forked process."""
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        with contextlib.suppress(BaseException):
-            os.close(reader)
-            signal.alarm(SECONDS)
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-            os.write(writer, (first_failure(mutant, examples) or "survived").encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read().decode()
-    os.waitpid(process, 0)
-    return None if answer == "survived" else answer or "crash or time limit"
+    fork = multiprocessing.get_context("fork")
+    answers, answer = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: answer.send(first_failure(mutant, examples)))
+    process.start()
+    answer.close()  # so that a crash ends the wait
+    try:
+        return answers.recv() if answers.poll(SECONDS) else "time limit"
+    except EOFError:
+        return "crash"
+    finally:
+        process.kill()
+        process.join()
 
 
 def killer(mutant: Mutant) -> str | None:
@@ -239,12 +227,11 @@ def main(functions: list[str]) -> int:
     source = (ROOT / "dpo.py").read_text(encoding="utf-8")
     every = [m for m in mutants(source) if not functions or m.name.split(":")[0] in functions]
     torch.set_num_threads(1)
-    survivors = 0
+    killed = 0
     for i, mutant in enumerate(every, 1):
         theorem = killer(mutant)
-        survivors += theorem is None
+        killed += theorem is not None
         print(f"{i}/{len(every)} {theorem or 'SURVIVES'}  |  {mutant.name}", flush=True)
-    killed = len(every) - survivors
     print(
         f"{killed} of {len(every)} mutants killed ({100 * killed / len(every):.1f} %), "
         f"{len(EQUIVALENT)} equivalent ones left out"
@@ -253,5 +240,4 @@ def main(functions: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    assert hypothesis  # imported before the fork, because it takes a second
     sys.exit(main(sys.argv[1:]))

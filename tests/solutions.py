@@ -1,5 +1,7 @@
 """Solutions to the exercises of derive.ipynb, and wrong answers, each named for its mistake."""
 
+import math
+
 import torch
 
 
@@ -9,8 +11,7 @@ def my_gradient(theta, ref_logp, w, l, beta):
     margin = beta * (log_ratio[w] - log_ratio[l])  # (n,)
     weight = torch.sigmoid(-margin)
     unit = torch.eye(len(theta), dtype=theta.dtype)
-    bracket = unit[w] - unit[l]  # (n, K)
-    return -beta * (weight[:, None] * bracket).mean(0)
+    return -beta * (weight[:, None] * (unit[w] - unit[l])).mean(0)  # (K,)
 
 
 def my_ranking_loss(logp, ref_logp, order, beta):
@@ -60,19 +61,9 @@ def without_logsumexp(logp, ref_logp, order, beta):
     return -sum(r_hat[k] - r_hat[k:].exp().sum().log() for k in range(len(r_hat)))
 
 
-def without_shift(logits, ids, mask):
-    logps = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    return logps.masked_fill(~mask, 0.0).sum(-1)
-
-
 def mask_as_a_factor(logits, ids, mask):
     logps = logits[:, :-1].float().log_softmax(-1)
     return (logps.gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(-1)
-
-
-def half_precision(logits, ids, mask):
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return logps.masked_fill(~mask[:, 1:], 0.0).sum(-1)
 
 
 def logarithm_of_weights(r, beta):
@@ -81,8 +72,8 @@ def logarithm_of_weights(r, beta):
 
 
 def uniform_forgotten(r, beta):
-    log_w = (r / beta).log_softmax(-1)
-    return (log_w.exp() * r).sum(-1).mean(), (log_w.exp() * log_w).sum(-1).mean()
+    reward, kl = my_frontier(r, beta)
+    return reward, kl - math.log(r.size(-1))
 
 
 WRONG = {
@@ -99,9 +90,9 @@ WRONG = {
         "exp overflows": without_logsumexp,
     },
     "my_response_logp": {
-        "no shift": without_shift,
+        "no shift": lambda z, i, m: my_response_logp(z.roll(-1, 1), i, m),
         "mask as a factor": mask_as_a_factor,
-        "half precision": half_precision,
+        "half precision": lambda z, i, m: my_response_logp(z, i, m).to(z.dtype),
         "one value for the batch": lambda z, i, m: my_response_logp(z, i, m).sum(),
     },
     "my_frontier": {

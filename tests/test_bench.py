@@ -11,6 +11,7 @@ import torch
 
 import dpo
 from beyond import bench
+from beyond.losses import split_rows
 from lib.optim import bf16_supported
 from model import GPTConfig
 
@@ -28,8 +29,7 @@ def run(request, tmp_path_factory):
         patch.setattr(bench, "bf16_supported", lambda device: request.param)
         printed = []
         patch.setattr("builtins.print", lambda *args, **kwargs: printed.append(args[0]))
-        flags = ["--tiny", "--repetitions", "2", "--out", str(folder)]
-        assert bench.main(flags) == 0
+        assert bench.main(["--tiny", "--repetitions", "2", "--out", str(folder)]) == 0
     results = json.loads((folder / "results.json").read_text())
     return request.param, printed[-1], results, products.dtypes
 
@@ -47,7 +47,6 @@ def test_every_task_is_timed_in_every_dtype_with_units(run):
     assert ("TRL is not installed" in printed) != HAS_TRL
     skipped = "bfloat16 is skipped: this processor does not support it natively"
     assert (skipped in printed) != has_units and (torch.bfloat16 in dtypes) == has_units
-    assert results["threads"] == torch.get_num_threads()
 
 
 def test_all_implementations_take_the_same_step(run):
@@ -65,18 +64,14 @@ def test_all_implementations_take_the_same_step(run):
 
 def test_ratios_are_of_one_repetition_and_shares_of_the_matmul_rate():
     """train.py's rate over each one's, by repetition; the table has the median and the range."""
-    task = [
-        bench.Task("matmul", "torch", "float32", None, "products", 2.0 * bench.N_MATMUL**3),
-        bench.Task("DPO step", "core", "float32", None, "pairs", 1e6),
-        bench.Task("DPO step", "train.py", "float32", None, "pairs", 1e6),
-    ]
+    of = ("matmul", "torch"), ("DPO step", "core"), ("DPO step", "train.py")
+    tasks = [bench.Task(*each, "float32", None, "units", 1e6) for each in of]
     rates = np.array([[2.0, 10.0, 20.0], [1.0, 10.0, 40.0], [4.0, 2.0, 2.0]])
-    matmul, core, fast = bench.summarise(task, rates)
+    matmul, core, fast = bench.summarise(tasks, rates)
     assert (core["ratio"], core["ratio_min"], core["ratio_max"]) == (2.0, 1.0, 4.0)
     assert fast["ratio"] == 1.0 and fast["per_second"] == 20.0 and "ratio" not in matmul
     flops = rates[:, 0] * 2.0 * bench.N_MATMUL**3
     assert core["share"] == pytest.approx(np.median(rates[:, 1] * 1e6 / flops))
-    assert matmul["share"] == 1.0
 
 
 def test_flops_are_those_that_a_loop_over_tokens_counts():
@@ -93,11 +88,10 @@ def test_pairs_are_those_of_completions_of_one_prompt_that_end():
     batch = bench.random_preferences(CONFIG, 5)
     w, l = batch.pairs.T
     assert len(batch.pairs) == 5 * 6 and (batch.prompt[w] == batch.prompt[l]).all()
-    for row in range(len(batch.ids)):
-        x, y = batch.ids[row][: batch.mask[row].int().argmax()], batch.ids[row][batch.mask[row]]
-        first = row // 4 * 4
-        assert torch.equal(x, batch.ids[first][: batch.mask[first].int().argmax()])
-        assert y[-1] == 60 and 60 not in y[:-1] and 60 not in x and len(x) > 1
+    rows = split_rows(batch.ids, batch.mask)
+    for row, (x, y) in enumerate(rows):
+        assert x == rows[row // 4 * 4][0] and len(x) > 1
+        assert [*x, *y].index(60) == len(x) + len(y) - 1
     expected = dpo.response_logps(bench.random_gpt(CONFIG, seed=1), batch.ids, batch.mask)
     assert torch.equal(batch.ref_logps, expected)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import data
@@ -10,6 +10,7 @@ import dpo
 import tiny
 import train
 from beyond.custom_data import load_pairs, to_preferences, tokens_to_train, with_ref_logps
+from beyond.losses import split_rows
 from lib.checkpoint import load_gpt
 
 from tiny import CPU, lines, pairs
@@ -31,21 +32,16 @@ def row(prompt, chosen, rejected) -> dict:
 
 def encoded(preferences: dpo.Preferences) -> list[tuple]:
     """The pairs as lists of tokens: (x, y_w, y_l)."""
-    rows = []
-    for ids, mask in zip(preferences.ids, preferences.mask, strict=True):
-        start, end = mask.nonzero()[0].item(), mask.nonzero()[-1].item() + 1
-        assert mask[start:end].all()
-        rows.append((ids[:start].tolist(), ids[start:end].tolist()))
-    found = [(*rows[w], rows[l]) for w, l in preferences.pairs.tolist()]
-    assert all(x == other for x, _, (other, _) in found)
-    return [(x, y_w, y_l) for x, y_w, (_, y_l) in found]
+    rows = split_rows(preferences.ids, preferences.mask)
+    found = [(*rows[w], *rows[l]) for w, l in preferences.pairs.tolist()]
+    assert all(x == other for x, _, other, _ in found)
+    return [(x, y_w, y_l) for x, y_w, _, y_l in found]
 
 
 @given(TEXT, TEXT, TEXT)
 def test_prompt_and_response_are_encoded_apart(tmp_path_factory, x, y_w, y_l):
     """No merge spans both, and each response has one end token, its last. pitfalls 8, 10"""
-    if y_w == y_l:
-        return
+    assume(y_w != y_l)
     path = tmp_path_factory.mktemp("own") / "own.jsonl"
     dataset = load(path, [row(x, y_w, y_l), row(x + "!", y_w, y_l)], 10**4)
     encode = TOKENIZER.encode_ordinary
@@ -73,12 +69,11 @@ def test_pairs_that_do_not_fit_are_dropped_and_counted(tmp_path, capsys):
     y = "the plot is"
     long = len(TOKENIZER.encode_ordinary(y)) + 1 + 1
     rows = [row("a", y, "b"), row("b", "a", y), row("c", "a", "b"), row("d", "a", "b")]
-    dataset = load(tmp_path / "own.jsonl", rows, long)
-    assert len(dataset.pairs.pairs) + len(dataset.eval_pairs.pairs) == 4
-    assert "do not fit" not in capsys.readouterr().out
-    dataset = load(tmp_path / "own.jsonl", rows, long - 1)
-    assert len(dataset.pairs.pairs) + len(dataset.eval_pairs.pairs) == 2
-    assert f"2 of 4 pairs do not fit in --context {long - 1}" in capsys.readouterr().out
+    for context, fit in ((long, 4), (long - 1, 2)):
+        dataset = load(tmp_path / "own.jsonl", rows, context)
+        assert len(dataset.pairs.pairs) + len(dataset.eval_pairs.pairs) == fit
+        said = f"2 of 4 pairs do not fit in --context {context}" in capsys.readouterr().out
+        assert said == (fit == 2)
 
 
 @pytest.mark.parametrize("n, held", [(4, 2), (280, 28), (300, 30)])
@@ -96,8 +91,7 @@ def test_shared_responses_are_one_row_and_every_pair_is_kept():
     preferences = to_preferences(given)
     assert len(preferences.ids) == 5 and preferences.prompt.tolist() == [0, 0, 1, 1, 1]
     assert [tuple(map(tuple, pair)) for pair in encoded(preferences)] == given
-    assert (preferences.weight == 1).all() and len(preferences.weight) == 5
-    assert preferences.ref_logps.shape == preferences.ids.shape
+    assert preferences.weight.tolist() == [1] * 5
 
     pi_ref = load_gpt(tiny.checkpoint(), CPU)
     dataset = data.Dataset(TOKENS, [], [], [], pairs=preferences, eval_pairs=preferences)
@@ -106,7 +100,6 @@ def test_shared_responses_are_one_row_and_every_pair_is_kept():
     expected = dpo.response_logps(pi_ref, preferences.ids, preferences.mask)
     tolerance = 0.1 if pi_ref.bf16 else 1e-4
     torch.testing.assert_close(scored.ref_logps, expected, atol=tolerance, rtol=0)
-    assert (scored.ref_logps[scored.mask] < 0).all() and scored.pairs is preferences.pairs
 
 
 def test_expected_time_counts_fine_tuning_scoring_and_dpo(tmp_path):

@@ -45,9 +45,13 @@ def test_toy_tokens_are_bytes_and_the_words_of_the_grammar_and_the_end_token_is_
         assert len(TOKENIZER.encode_ordinary(review)) == len(words)
 
 
-def test_the_toy_reward_is_the_sum_of_the_weights_of_the_words():
+def test_r_star_is_a_sum_of_the_weights_of_known_words():
+    """On the toy dataset. For IMDb, over the root of their number n, plus a bias."""
     r = REWARD(["the plot is superb. we hated this film.", "the plot is", ""])
     torch.testing.assert_close(r, torch.tensor([1.4 - 1.2, 0.0, 0.0]))
+    imdb = data.WordReward({"good": 2.0, "bad": -3.0, "!": 0.5}, bias=0.1, divide=True)
+    r = imdb(["a Good, good film!", "bad", "", "zebra"])
+    torch.testing.assert_close(r, torch.tensor([4.5 / math.sqrt(3), -3.0, 0.0, 0.0]) + 0.1)
 
 
 # ------------------------------------------------- the IMDb dataset
@@ -70,14 +74,6 @@ def test_an_archive_is_read_in_the_order_of_its_numbers_and_refused_without_a_pa
     path.write_bytes(archive(some, n=0))
     with pytest.raises(ValueError, match="expected aclImdb/train/pos"):
         data.read_imdb(path)
-
-
-def test_the_imdb_reward_is_the_sum_of_known_words_over_the_root_of_their_number():
-    r = data.WordReward({"good": 2.0, "bad": -3.0, "!": 0.5}, bias=0.1, divide=True)
-    torch.testing.assert_close(
-        r(["a Good, good film!", "bad", "", "zebra"]),
-        torch.tensor([4.5 / math.sqrt(3) + 0.1, -3 + 0.1, 0.1, 0.1]),
-    )
 
 
 # ------------------------------------------------- tokens
@@ -103,9 +99,8 @@ def test_openings_are_whole_sentences_closed_by_exactly_one_end_token():
     assert len(OPENINGS) > 250
     for ids in OPENINGS:
         text = text_of(ids)
-        assert len(ids) <= 24 and ids[-1] == END and ids.count(END) == 1
+        assert len(ids) <= 24 and ids == [*TOKENIZER.encode_ordinary(text), END]
         assert text.endswith(".") and any(review.startswith(text) for review in REVIEWS)
-        assert ids[:-1] == TOKENIZER.encode_ordinary(text)
 
 
 def test_openings_hold_as_many_sentences_as_fit():
@@ -123,8 +118,7 @@ def test_reviews_without_a_usable_first_sentence_are_left_out():
 def test_prompts_are_2_to_8_tokens_and_end_where_a_word_does():
     """No token spans prompt and response. pitfall 8"""
     prompts = data.cut_prompts(OPENINGS, TOKENIZER, random.Random(0))
-    lengths = {len(x) for x in prompts}
-    assert min(lengths) == 2 and max(lengths) == 8 and len(prompts) > 250
+    assert {len(x) for x in prompts} == set(range(2, 9)) and len(prompts) > 250
     texts = {text_of(ids) for ids in OPENINGS}
     for x in prompts:
         assert any(text.startswith(TOKENIZER.decode(x) + " ") for text in texts)
@@ -180,27 +174,21 @@ def test_bt_labels_have_bradley_terry_frequencies():
 
 def test_soft_labels_hold_both_orders_weighted_by_their_probability():
     preferences = labelled("soft", P=2)
-    assert len(preferences.pairs) == 36
-    pairs = preferences.pairs.tolist()
-    weight = {tuple(p): v for p, v in zip(pairs, preferences.weight.tolist(), strict=True)}
-    for (w, l), pair in zip(pairs, words_of(preferences), strict=True):
-        log_odds = data.WEIGHT[pair[0]] - data.WEIGHT[pair[1]]
-        assert math.log(weight[w, l] / weight[l, w]) == pytest.approx(log_odds, abs=1e-5)
-        assert weight[w, l] + weight[l, w] == pytest.approx(1)
+    pairs = [tuple(pair) for pair in preferences.pairs.tolist()]
+    assert len(set(pairs)) == len(pairs) == 36 and {(l, w) for w, l in pairs} == set(pairs)
+    for p, (w, l) in zip(preferences.weight.tolist(), words_of(preferences), strict=True):
+        assert math.log(p / (1 - p)) == pytest.approx(data.WEIGHT[w] - data.WEIGHT[l], abs=1e-5)
 
 
 def test_best_worst_is_one_pair_per_prompt():
-    best_and_worst = best_worst(completions(3), R.expand(3, -1))
-    preferences = data.label_pairs(*best_and_worst, "argmax", 0)
+    preferences = data.label_pairs(*best_worst(completions(3), R.expand(3, -1)), "argmax", 0)
     assert words_of(preferences) == [("superb", "dull")] * 3
 
 
 @pytest.mark.parametrize("labels, pairs", [("bt", 9), ("soft", 9), ("argmax", 8)])
 def test_ties_and_identical_completions_are_reported(labels, pairs, capsys):
     """Identical completions form no pair; ties are dropped by argmax only. pitfalls 22, 27"""
-    tied = R.clone()
-    tied[2] = tied[1]
-    preferences = labelled(labels, P=1, rewards=tied)
+    preferences = labelled(labels, P=1, rewards=R[[0, 1, 1, 3, 4]])
     assert len(preferences.pairs) == pairs * (2 if labels == "soft" else 1)
     assert f"{10 - pairs} of 10 pairs are dropped" in capsys.readouterr().out
     if labels == "soft":
@@ -222,8 +210,8 @@ def test_rows_are_the_completions_and_prompts_are_consecutive(labels):
     """Ids, masks and log-probabilities are those that were sampled. pitfall 9"""
     ids, mask, logps = completions(4)
     preferences = labelled(labels, P=4)
-    rows = {tuple(row): i for i, row in enumerate(logps.tolist())}
-    index = [rows[tuple(row)] for row in preferences.ref_logps.tolist()]
+    rows = logps.tolist()  # which are distinct
+    index = [rows.index(row) for row in preferences.ref_logps.tolist()]
     assert torch.equal(preferences.ids, ids[index]) and torch.equal(preferences.mask, mask[index])
     assert preferences.prompt.tolist() == [i // 5 for i in index] == sorted(i // 5 for i in index)
     w, l = preferences.pairs.T

@@ -27,9 +27,8 @@ from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
 from lib.io import BadInput
 from lib.optim import linear_warmup_decay
 from model import GPT, GPTConfig
+from tiny import CPU, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 LR = 0.01
 CASES = [  # optimizer, dtype, and what is special
     ("sgd", torch.float32, "nothing"),
@@ -96,10 +95,9 @@ def of_many(folder: Path, optimizer: str, dtype: torch.dtype, special: str) -> d
     how = opt, BATCHES, LR, (settings, folder / "none")
     rows = [*distributed.train_sharded(pi, preferences(dtype), partial(dpo.dpo, beta=0.7), *how)]
     moments = [v for state in opt.state.values() for v in state.values() if isinstance(v, DTensor)]
-    kept = {"weights": pi.parameters(), "moments": moments}
-    kept["gradients"] = [p.grad for p in pi.parameters()]
-    kept = {name: sum(v.to_local().nbytes for v in values) for name, values in kept.items()}
-    return {"found": found(pi, rows), "bytes": kept}
+    kept = [*pi.parameters()], [p.grad for p in pi.parameters()], moments
+    nbytes = [sum(v.to_local().nbytes for v in values) for values in kept]
+    return {"found": found(pi, rows), "bytes": nbytes}
 
 
 def completions() -> tuple[torch.Tensor, ...]:
@@ -108,35 +106,18 @@ def completions() -> tuple[torch.Tensor, ...]:
     return train.complete(first, dataset, 1, 0, CPU, sharded.SHARED)[0]
 
 
-def start(N: int, folder: Path, *command: object) -> list[subprocess.Popen]:
-    """Start N processes as torchrun does. What process r writes is in folder / f"{N}-{r}.txt"."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    processes = []
-    for r in range(N):
-        own = env | {"WORLD_SIZE": str(N), "RANK": str(r), "LOCAL_RANK": str(r)}
-        how = {"env": own, "cwd": ROOT, "stderr": subprocess.STDOUT}
-        with open(folder / f"{N}-{r}.txt", "w") as log:
-            processes.append(subprocess.Popen([sys.executable, *command], stdout=log, **how))
-    return processes
-
-
-def wait(processes: list[subprocess.Popen]) -> list[int]:
-    """Exit codes. Processes that hang are killed."""
-    try:
-        return [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def torchrun(N: int, *command: object) -> subprocess.CompletedProcess:
+    launcher = "torch.distributed.run", "--standalone", f"--nproc-per-node={N}"
+    how = {"env": ENV, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run([sys.executable, "-m", *launcher, *command], **how)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The folder of the program at the end of this file, when its three processes are done."""
     folder = tmp_path_factory.mktemp("many")
-    codes = wait(start(3, folder, __file__, folder))
-    assert codes == [0] * 3, "".join(log.read_text() for log in folder.glob("*.txt"))
+    done = torchrun(3, __file__, folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -161,8 +142,8 @@ def test_memory_falls_with_the_number_of_processes(results, N):
     --replicate N  =>  each keeps all
     """
     for case in CASES[:3]:
-        for name, total in results[1][0][case]["bytes"].items():
-            shares = [process[case]["bytes"][name] for process in results[N]]
+        every = (process[case]["bytes"] for process in results[N])
+        for total, *shares in zip(results[1][0][case]["bytes"], *every, strict=True):
             if case[2] == "replicate":
                 assert shares == [total] * N
             else:
@@ -198,20 +179,22 @@ def test_batches_smaller_than_the_number_of_processes_are_refused(monkeypatch):
 
 def test_killed_run_continues_with_another_number_of_processes(folder, tmp_path):
     """2 processes, one is killed in DPO, then 3  =>  one line, then the policy of one process"""
-    flags = ["--out", tmp_path, "--checkpoint-every", "1", *TINY]
-    module = ["-m", "beyond.distributed", *flags]
-    processes = start(2, tmp_path, *module)
-    while not [*tmp_path.glob("checkpoints/*/00000000[3-9]/.metadata")]:
+    module = "-m", "beyond.distributed", "--out", tmp_path, "--checkpoint-every", "1", *TINY
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    envs = [env | {"WORLD_SIZE": "2", "RANK": r, "LOCAL_RANK": r} for r in "01"]
+    how = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    first, second = (subprocess.Popen([sys.executable, *module], env=env, **how) for env in envs)
+    while first.poll() is None and not [*tmp_path.glob("checkpoints/*/00000000[3-9]/.metadata")]:
         time.sleep(0.02)
-        assert processes[0].poll() is None, (tmp_path / "2-0.txt").read_text()
-    processes[1].kill()
-    assert wait(processes)[0] == 2
-    last = (tmp_path / "2-0.txt").read_text().splitlines()[-1]
-    assert last == "beyond.distributed: another process ended; repeat the command to continue"
+    second.kill()
+    printed = first.communicate(timeout=300)[1]
+    last = "beyond.distributed: another process ended; repeat the command to continue"
+    assert printed.splitlines()[-1] == last and first.returncode == 2
+    second.communicate()
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    how = {"env": ENV, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run([*torchrun, *module], **how)
+    done = torchrun(3, *module)
     assert done.returncode == 0, done.stderr
     assert "[eval_set] cached\n[dpo-1]\n" in done.stdout
     assert int(re.search(r"training: +(\d+)%", done.stderr)[1]) > 0  # of the first step shown
@@ -223,10 +206,9 @@ def test_killed_run_continues_with_another_number_of_processes(folder, tmp_path)
     for name in ("reward", "kl", "length", "pair_accuracy", "reward_r2"):
         assert found["points"][0][name] == pytest.approx(expected["points"][0][name], rel=0.02)
     sampled = {"samples", "kl", "entropy", "length", "reward"}  # rounding changes a few tokens
-    for row, other in zip(found["curves"]["1"], expected["curves"]["1"], strict=True):
-        assert row.keys() == other.keys()
-        for name in row.keys() - sampled:
-            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
+    for rows in zip(found["curves"]["1"], expected["curves"]["1"], strict=True):
+        row, other = ({k: v for k, v in row.items() if k not in sampled} for row in rows)
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-3)
     policy, expected = (read_checkpoint(out / "dpo-1.pt")["weights"] for out in outs)
     torch.testing.assert_close(policy, expected, rtol=0, atol=2e-6)
 

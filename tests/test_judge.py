@@ -1,22 +1,12 @@
-"""beyond/judge.py: its features, what it learns, and the command line on a tiny run."""
+"""beyond/judge.py: what it learns, and the command line on a tiny run."""
 
 import json
 
-import numpy as np
 import pytest
 
 import data
 from beyond import judge
 from test_reward import graded_reviews
-
-
-def test_features_are_the_presence_of_runs_of_one_to_three_tokens():
-    """a b a b: two tokens, three pairs and four runs of three, of which some end the text."""
-    twice, thrice = judge.ngrams([5, 6, 5, 6]), judge.ngrams([5, 6, 5, 6, 5, 6])
-    assert len(twice) == len(set(twice)) == 9 and np.array_equal(twice, thrice)
-    one, other = set(judge.ngrams([5, 6])), set(judge.ngrams([6, 5]))
-    assert len(one) == len(other) == 6 and len(one & other) == 2  # the tokens, but not their order
-    assert max(one) < judge.N_FEATURES and not one & set(judge.ngrams([7, 8]))
 
 
 def test_it_is_accurate_on_reviews_it_was_not_trained_on():

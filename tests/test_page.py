@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +14,14 @@ import torch
 from beyond import page
 from beyond.custom_data import wilson_interval
 from lib import cli
-from tiny import ROOT
 from train import PRESETS, Config
 
 PRODUCTS = {"results.json", "figure.png", "curves.png", "samples.txt", "report.html"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-PROBE = """<script>addEventListener("load", () => {
-  const seen = (query) => [...document.querySelectorAll(query)].map((e) => getComputedStyle(e));
-  parent.postMessage(JSON.stringify({
-    width: innerWidth, needed: document.documentElement.scrollWidth,
-    images: [...document.images].map((image) => image.naturalWidth),
-    text: seen("body")[0].color, page: seen("body")[0].backgroundColor,
-    names: seen(".name").map((s) => s.color), cards: seen(".policies p")[0].backgroundColor,
-    plus: seen(".plus")[0].textDecorationStyle, minus: seen(".minus")[0].textDecorationStyle,
-    html: document.documentElement.outerHTML,
-  }), "*")})</script>"""
+PROBE = """<script>addEventListener("load", () => parent.postMessage(JSON.stringify([
+  innerWidth, document.documentElement.scrollWidth,
+  ...[...document.images].map((image) => image.naturalWidth)]), "*"))</script>"""
 WINDOW = """<!doctype html>
 <iframe src="page.html" width="{}" height="844" style="border: 0"></iframe>
 <script>onmessage = (message) => document.body.textContent = message.data</script>"""
@@ -53,29 +45,23 @@ def test_a_report_is_five_files(recorded):
         assert (recorded.folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def check_numbers(content: str, results: dict):
-    """Each cell and each sample of a page, against results.json."""
+def test_numbers_are_those_of_results_json(recorded, content):
+    """Each cell of the table, each sample's r*, the title and the conclusions."""
+    results = recorded.results
     cells = re.findall(r'<td title="(\w+) = ([^"]*)">([^<]*)</td>', content)
-    found = iter(cells)
-    for point in results["points"]:
-        for name in (name for name in page.TABLE if name in point):
-            value = point[name]
-            shown = "-" if value is None else f"{value:.3g}"
-            assert next(found) == (name, json.dumps(value), shown)
-    assert next(found, None) is None and len(cells) >= 4 * len(results["points"])
+    assert len(cells) >= 4 * len(results["points"]) and cells == [
+        (name, json.dumps(point[name]), "-" if point[name] is None else f"{point[name]:.3g}")
+        for point in results["points"]
+        for name in page.TABLE
+        if name in point
+    ]
     names = re.findall(r'<span class="name" title="([^"]*)">([^<]*)</span>', content)
-    expected = [
+    assert len(names) >= 2 and names == [
         (json.dumps(r), column if r is None else f"{column}: r* = {r:+.2f}")
         for i in range(len(results["prompts"]))
         for column, sample in results["samples"].items()
         for r in [sample["rewards"][i] if "rewards" in sample else None]
     ]
-    assert names == expected and len(expected) >= 2
-
-
-def test_numbers_are_those_of_results_json(recorded, content):
-    results = recorded.results
-    check_numbers(content, results)
     assert content.count("data:image/png;base64,") == 2
     assert html.escape(page.title(results["config"])) in content
     for line in page.summary(results).splitlines()[1 + len(results["points"]) :]:
@@ -92,22 +78,19 @@ def test_words_have_the_colour_of_their_contribution(recorded, content):
     """Green above 0.05 nats, red below -0.05, others plain; stronger up to 1 nat."""
     reward, results = recorded.returned["dataset"].reward, recorded.results
     cards = re.findall(r'<p class="\w+"><span class="name".*?</span>(.*?)</p>', content, re.S)
-    texts = [
-        (prompt, sample["texts"][i])
-        for i, prompt in enumerate(results["prompts"])
-        for sample in results["samples"].values()
-    ]
-    spans = 0
-    for card, (prompt, text) in zip(cards, texts, strict=True):
-        found = re.findall(r'<span class="(\w+)" style="--a: ([\d.]+)" title="(\S+) nats">', card)
-        values = page.contributions(text, reward)[len(prompt.split()) :] if reward else []
-        expected = [("plus" if v > 0 else "minus", f"{v:+.2f}") for v in values if abs(v) >= 0.05]
-        assert [(kind, title) for kind, _, title in found] == expected
-        for _, strength, title in found:
-            visible = 0.15 + 0.45 * min(1, abs(float(title)))
-            assert float(strength) == pytest.approx(visible, abs=0.01)
-        spans += len(found)
-    assert spans > 0 or recorded.cfg.data != "toy"  # IMDb's r* may know none of the tiny samples
+    span = r'<span class="(\w+)" style="--a: ([\d.]+)" title="(\S+) nats">'
+
+    def shown(r):
+        return "plus" if r > 0 else "minus", f"{0.15 + 0.45 * min(1, abs(r)):.2f}", f"{r:+.2f}"
+
+    expected = []
+    for i, prompt in enumerate(results["prompts"]):
+        for sample in results["samples"].values():
+            values = page.contributions(sample["texts"][i], reward) if reward else []
+            words = values[len(prompt.split()) :]
+            expected.append([shown(r) for r in words if abs(r) >= 0.05])
+    assert [re.findall(span, card) for card in cards] == expected
+    assert any(expected) or recorded.cfg.data != "toy"  # r* may know none of IMDb's tiny samples
     assert ("Words have no colour" in content) == (reward is None)
 
 
@@ -129,63 +112,38 @@ def test_the_command_repeats_the_run(recorded, content, monkeypatch):
     _, cfg = cli.parse("train.py", "", Config, PRESETS, command[2:])
     for name, field in Config.__dataclass_fields__.items():
         if field.metadata["help"]:
-            values = (getattr(each, name) for each in (cfg, recorded.cfg))
-            ours, theirs = (
-                str(list(value) if isinstance(value, tuple) else getattr(value, "name", value))
-                for value in values
-            )
-            assert ours.split("/")[-1] == theirs.split("/")[-1], name
-
-
-def luminance(color: str) -> float:
-    linear = [
-        x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4
-        for x in (int(value) / 255 for value in re.findall(r"\d+", color)[:3])
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(first: str, second: str) -> float:
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
+            values = getattr(cfg, name), getattr(recorded.cfg, name)
+            if name in ("data", "imdb", "init"):  # paths
+                values = (Path(str(path)).name for path in values)
+            ours, theirs = ([*value] if isinstance(value, tuple) else value for value in values)
+            assert ours == theirs, name
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium browser")
-@pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
-def test_a_browser_shows_it_without_errors(width, scheme, toy, tmp_path):
-    """Phone and desktop, dark and light: no console message, both images, no sideways scrolling,
-    readable contrast, and the numbers of results.json in the document it builds."""
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_errors(width, toy, tmp_path):
+    """Phone and desktop: no console message, both images, and no sideways scrolling."""
     content = (toy.folder / "report.html").read_text("utf-8")
     (tmp_path / "page.html").write_text(content.replace("</body>", PROBE + "</body>"), "utf-8")
     (tmp_path / "window.html").write_text(WINDOW.format(width))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    flags += ["--window-size=1400,900", f"--user-data-dir={tmp_path / 'profile'}"]
-    flags += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"]
-    command = [BROWSER, *flags, "--virtual-time-budget=5000", "--dump-dom"]
+    flags = "--headless --no-sandbox --enable-logging=stderr --virtual-time-budget=5000 --dump-dom"
+    command = [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     command += [(tmp_path / "window.html").as_uri()]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
-    found = json.loads(html.unescape(re.search("<body>(.*)</body>", done.stdout, re.S)[1]))
-    check_numbers(found["html"], toy.results)
-    assert found["width"] == width and found["needed"] <= width
-    assert len(found["images"]) == 2 and min(found["images"]) > 500
-    assert (luminance(found["page"]) > 0.5) == (scheme == "light")
-    assert contrast(found["text"], found["page"]) > 7
-    assert len(set(found["names"])) == 2  # pi_ref and pi_theta
-    assert min(contrast(name, found["cards"]) for name in found["names"]) > 4.5
-    assert (found["plus"], found["minus"]) == ("solid", "dotted")
+    inner, needed, *images = json.loads(re.search("<body>(.*)</body>", done.stdout, re.S)[1])
+    assert inner == width >= needed and len(images) == 2 and min(images) > 500
 
 
 # ------------------------------------------------- python -m beyond.page
 
 
-def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path):
+def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path, capsys):
     shutil.copy(toy.folder / "results.json", tmp_path)
-    command = [sys.executable, "-m", "beyond.page", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == page.summary(toy.results)
-    for name in PRODUCTS - {"figure.png", "curves.png"}:
+    capsys.readouterr()
+    assert page.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == page.summary(toy.results)
+    for name in PRODUCTS:
         assert (tmp_path / name).read_bytes() == (toy.folder / name).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == PRODUCTS
 
@@ -236,24 +194,20 @@ def test_the_table_has_a_row_for_each_beta_and_dashes_for_unknown_values(toy):
 
 
 def test_figures_show_what_is_known(toy, own):
-    labels = {}
-    for name, run in (("toy", toy), ("own", own)):
+    for run, ylabel in ((toy, "gain"), (own, "accuracy")):
         ax = page.draw_frontier(run.results).axes[0]
-        labels[name] = [*ax.get_legend_handles_labels()[1], ax.get_ylabel()]
-    assert any("optimum of all policies" in label for label in labels["toy"])
-    assert not any("optimum" in label for label in labels["own"])
-    assert "gain" in labels["toy"][-1] and "accuracy" in labels["own"][-1]
+        assert ylabel in ax.get_ylabel()
+        assert ("optimum" in str(ax.get_legend_handles_labels()[1])) == (run is toy)
     panels = page.draw_curves(toy.results["curves"]).axes
     assert [ax.get_title() for ax in panels] == list(page.PANELS.values())
     assert all(len(ax.lines) >= 2 * len(toy.results["curves"]) for ax in panels)
 
 
 def test_wilson_interval_has_known_values():
-    """9 of 10: (0.596, 0.982). It is symmetric, and never leaves [0, 1]."""
+    """9 of 10, 1 of 10 and 5 of 5. It is symmetric, and never leaves [0, 1]."""
     assert wilson_interval(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
-    low, high = wilson_interval(0.1, 10)
-    assert (1 - high, 1 - low) == pytest.approx(wilson_interval(0.9, 10))
-    assert wilson_interval(1.0, 5)[1] == pytest.approx(1) and low > 0
+    assert wilson_interval(0.1, 10) == pytest.approx((0.018, 0.404), abs=1e-3)
+    assert wilson_interval(1.0, 5) == pytest.approx((0.566, 1), abs=1e-3)
 
 
 def test_the_summary_of_own_preferences_has_an_interval(own):

@@ -76,8 +76,7 @@ def test_a_bad_path_is_one_line(tmp_path, capsys):
 
 def test_nats_per_byte_of_a_uniform_model():
     """Each token is predicted with probability 1 / V."""
-    tokens = data.toy_tokens()
-    tokenizer = load_tokenizer(tokens)
+    tokenizer = load_tokenizer(data.toy_tokens())
     pi = GPT(GPTConfig(tokenizer.n_vocab, 24, 1, 2, 16))
     torch.nn.init.zeros_(pi.wte.weight)
     texts = data.openings(toy_reviews(50, 0), tokenizer, 24)

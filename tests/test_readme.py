@@ -7,25 +7,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dpo
 import train
 from beyond import common, compare, explain, page
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COLUMNS = {
-    "KL": "kl",
-    "optimal KL": "optimal_kl",
-    "gain": "gain",
-    "P(positive)": "p_positive",
-    "win rate": "win_rate",
-    "length": "length",
-    "slope": "reward_slope",
-    "R2": "reward_r2",
-    "fraction": "fraction_of_optimal",
-    "regret": "regret",
-}
+COLUMNS = """kl optimal_kl gain p_positive win_rate length reward_slope reward_r2
+    fraction_of_optimal regret""".split()
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def words(path: str) -> str:
+    """A text on one line."""
+    return " ".join(read(path).split())
+
+
+def rows(path: str) -> list[list[str]]:
+    """The cells of all tables in a text."""
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in read(path).splitlines()
+        if line.startswith("|")
+    ]
+
+
+README = read("README.md")
 
 
 def results(dataset: str) -> list[dict]:
@@ -34,57 +45,48 @@ def results(dataset: str) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def table(dataset: str) -> list[str]:
-    """The README's table: mean and standard deviation over seeds."""
-    lines = [f"| beta | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for points in zip(*(run["points"] for run in results(dataset)), strict=True):
-        cells = []
-        for name in COLUMNS.values():
-            values = [point[name] for point in points]
-            known = None not in values
-            cells.append(f"{np.mean(values):.2f} ± {np.std(values):.2f}" if known else "-")
-        lines.append(f"| {points[0]['beta']:g} | {' | '.join(cells)} |")
-    return lines
+def fractions_of(dataset: str) -> list[float]:
+    return [point["fraction_of_optimal"] for run in results(dataset) for point in run["points"]]
 
 
 @pytest.mark.parametrize("dataset", ["toy", "imdb"])
 def test_tables_are_computed_from_results(dataset):
-    if not results(dataset):
-        pytest.skip(f"no results/{dataset}-*")
-    assert "\n".join(table(dataset)) in README
+    """Mean and standard deviation over seeds, in the README's columns"""
+    lines = []
+    for points in zip(*(run["points"] for run in results(dataset)), strict=True):
+        cells = []
+        for name in COLUMNS:
+            values = [point[name] for point in points]
+            known = None not in values
+            cells.append(f"{np.mean(values):.2f} ± {np.std(values):.2f}" if known else "-")
+        lines.append(f"| {points[0]['beta']:g} | {' | '.join(cells)} |\n")
+    titles = " | ".join(page.TABLE.get(name, name) for name in COLUMNS)
+    head = f"| beta | {titles} |\n{'|---' * (len(COLUMNS) + 1)}|\n"
+    assert len(lines) > 2 and head + "".join(lines) in README
 
 
 def test_the_fractions_of_dpo_and_ppo_are_those_of_their_results():
     """beyond/README.md, from results/explain.md"""
-    text = " ".join((ROOT / "beyond/README.md").read_text(encoding="utf-8").split())
-    lines = (ROOT / "results/explain.md").read_text(encoding="utf-8").splitlines()
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:5] == "| PPO"
-    ]
-    assert len(rows) == 5
-    assert all(row[2] in text for row in rows)  # the fractions
-    for row in rows[1:4]:  # the differences at 1,000 prompts
-        assert all(number in text for number in re.findall(r"[+-]\d\.\d+", row[-2]))
-    runs, class_ = results("explain"), "PPO, bag of tokens"
-    pairs = [[explain.fractions(run, m, 1000) for m in (class_, "PPO")] for run in runs]
-    gained = [a - b for a, b in pairs]
-    assert all(n in text for n in re.findall(r"[+-]\d\.\d+", common.interval_cell(gained)))
+    text = words("beyond/README.md")
+    found = [row for row in rows("results/explain.md") if row[0].startswith("PPO")]
+    assert len(found) == 5 and all(row[2] in text for row in found)  # the fractions
+    gained = []
+    for run in results("explain"):
+        a, b = (explain.fractions(run, m, 1000) for m in ("PPO, bag of tokens", "PPO"))
+        gained.append(a - b)
+    differences = [row[-2] for row in found[1:4]]  # at 1,000 prompts
+    for cell in (*differences, common.interval_cell(gained)):
+        assert all(number in text for number in re.findall(r"[+-]\d\.\d+", cell))
 
 
 def test_the_differences_to_other_losses_are_those_of_their_results():
     """beyond/README.md, from results/compare.md"""
-    text = " ".join((ROOT / "beyond/README.md").read_text(encoding="utf-8").split())
-    lines = (ROOT / "results/compare.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    verdicts = {
-        row[0]: row[2:]
-        for row in rows
-        if len(row) == 4 and row[3] in ("seen", "no difference seen")
-    }
+    text, found = words("beyond/README.md"), rows("results/compare.md")
+    verdicts = [r for r in found if len(r) == 4 and r[3] in ("seen", "no difference seen")]
     assert len(verdicts) == len(compare.METHODS) - 1
-    for name, (interval, verdict) in verdicts.items():
+    for name, _, interval, verdict in verdicts:
         assert (f"{name} {interval}" in text) == (verdict == "seen"), name
-    z_0 = {row[0]: row[10].split()[0] for row in rows if len(row) == 11 and row[0][:3] == "kto"}
+    z_0 = {row[0]: row[10].split()[0] for row in found if len(row) == 11 and row[0][:3] == "kto"}
     assert z_0["kto"] == "0.00" and f"and {z_0['kto_samples']}" in text
 
 
@@ -96,15 +98,14 @@ def test_intervals_are_those_of_the_results():
         found = re.findall(rf"{number} \[{number}, {number}\]", " ".join(text.split()))
         return {re.sub("[+-]", "", interval) for interval in found}
 
-    tables = [path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.md")]
-    known = set.union(*map(intervals, tables))
-    claimed = intervals((ROOT / "beyond/README.md").read_text(encoding="utf-8"))
+    known = set.union(*(intervals(read(path)) for path in ROOT.glob("results/*.md")))
+    claimed = intervals(read("beyond/README.md"))
     assert len(claimed) > 15 and claimed <= known
 
 
 def test_the_table_of_four_and_eight_completions_is_that_of_the_results():
     """results/toy-completions.md, from the same ten seeds"""
-    text = (ROOT / "results/toy-completions.md").read_text(encoding="utf-8")
+    text = read("results/toy-completions.md")
     for K, runs in ((4, results("four-toy")), (8, results("toy"))):
         assert len(runs) == 10 and {run["config"]["completions"] for run in runs} == {K}
         n = np.mean([run["pairs"] for run in runs])
@@ -118,28 +119,21 @@ def test_the_table_of_four_and_eight_completions_is_that_of_the_results():
 
 def test_the_judges_table_is_that_of_its_results():
     """docs/imdb.md, from results/imdb-0/judge.json"""
-    text = (ROOT / "docs/imdb.md").read_text(encoding="utf-8")
     columns = ("win rate by r*", "win rate by judge", "P(positive) by r*", "P(positive) by judge")
-    for row in json.loads((ROOT / "results/imdb-0/judge.json").read_text(encoding="utf-8")):
-        cells = [f"{row[name]:.2f}" for name in columns]
-        assert f"| {row['policy'].removeprefix('dpo, ')} | {' | '.join(cells)} |" in text
+    for row in json.loads(read("results/imdb-0/judge.json")):
+        cells = [row["policy"].removeprefix("dpo, "), *(f"{row[name]:.2f}" for name in columns)]
+        assert cells in rows("docs/imdb.md")
 
 
 def test_fraction_of_the_optimum_is_the_range_over_seeds():
-    runs = results("toy")
-    points = [point for run in runs for point in run["points"]]
-    fractions = [point["fraction_of_optimal"] for point in points]
-    assert f"{min(fractions):.0%} to {max(fractions):.0%}" in " ".join(README.split())
+    fractions = fractions_of("toy")
+    assert f"{min(fractions):.0%} to {max(fractions):.0%}" in words("README.md")
     assert f"over {len(results('toy'))} seeds" in README
 
 
 def test_the_processor_makes_the_stated_difference():
     """docs/speed.md, from the same five seeds on two kinds of processor"""
-    kinds = [
-        [point["fraction_of_optimal"] for run in results(f"{kind}-toy") for point in run["points"]]
-        for kind in ("avx512", "avx2")
-    ]
-    text = " ".join((ROOT / "docs/speed.md").read_text(encoding="utf-8").split())
+    kinds, text = [fractions_of("avx512-toy"), fractions_of("avx2-toy")], words("docs/speed.md")
     for fractions in kinds:
         assert f"from {min(fractions):.3f} to {max(fractions):.3f}" in text
     assert f"at most {np.abs(np.subtract(*kinds)).max():.3f}" in text
@@ -150,24 +144,20 @@ def test_example_output_is_that_of_the_first_result():
 
 
 def test_samples_are_those_of_the_first_result():
-    samples = (ROOT / "results/toy-0/samples.txt").read_text(encoding="utf-8")
+    samples = read("results/toy-0/samples.txt")
     block = next(b for b in re.findall(r"```text\n(.*?)```", README, re.S) if "pi_ref " in b)
     first, _, sample = block.partition("\n\n")
     assert samples.startswith(first) and sample.strip() and sample.strip() in samples
 
 
 def test_quoted_loss_is_the_code():
-    code = (ROOT / "dpo.py").read_text(encoding="utf-8")
     quoted = re.search(r"```python\n(    r_hat_w = .*?)```", README, re.S)[1]
-    for line in quoted.splitlines():
-        assert line in code
+    assert all(line in read("dpo.py") for line in quoted.splitlines())
 
 
 def test_example_loss_is_a_loss():
     source = re.search(r"```python\n(import torch.*?def my_loss.*?)```", README, re.S)[1]
     exec(source, namespace := {})
-    import torch
-
     logps = torch.tensor([[0.0, -1.0], [0.0, -2.0]])
     batch = dpo.Preferences(
         ids=torch.zeros(2, 2, dtype=torch.long),
@@ -203,11 +193,8 @@ def test_readme_is_short():
 
 def test_the_difference_to_ppo_is_that_of_its_results():
     """README.md and beyond/README.md, from results/figure2.md"""
-    tables = (ROOT / "results/figure2.md").read_text(encoding="utf-8")
-    row = next(
-        line for line in tables.splitlines() if line.startswith("| DPO's frontier lies above PPO's")
-    )
-    interval = row.split("|")[10].strip()
-    assert interval in (ROOT / "beyond/README.md").read_text(encoding="utf-8")
+    (row,) = [r for r in rows("results/figure2.md") if r[0] == "DPO's frontier lies above PPO's"]
+    interval = row[9]
+    assert interval in read("beyond/README.md")
     mean, low, high = re.findall(r"[+-](\d\.\d+)", interval)
-    assert f"{mean} nats (95 % interval {low} to {high})" in " ".join(README.split())
+    assert f"{mean} nats (95 % interval {low} to {high})" in words("README.md")

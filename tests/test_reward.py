@@ -1,30 +1,14 @@
 """beyond/reward.py: r* of the IMDb dataset."""
 
 import json
-import random
 from collections import defaultdict
 
 import pytest
-import torch
 
 import data
 import train
 from beyond.reward import accuracy, main, train_classifier
 from tiny import archive
-
-
-def test_a_classifier_learns_the_weights_of_words():
-    rng = random.Random(0)
-    texts = {"bad": [], "good": []}
-    for word, made in texts.items():
-        for _ in range(300):
-            noise = rng.choices("the a film plot it was".split(), k=20)
-            made.append(" ".join([*noise, "not", word, *rng.choices(("bad", "good"), k=2)]))
-    r = train_classifier(texts["bad"], texts["good"], epochs=20)
-    assert r(["it was not bad"]) > 1 > -1 > r(["it was not good"])
-    assert torch.isfinite(r(["", "!?"])).all()
-    known, unknown = r(["not bad", "", "film"]), r(["zebra not bad", "zebra", "film 7"])
-    torch.testing.assert_close(known, unknown)  # what is not in the index has no influence
 
 
 def graded_reviews() -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch
 import dpo
 import model
 from beyond import sample
-from data import Dataset, decode_rows, load_tokenizer
+from beyond.sample import Completion
+from data import decode_rows, load_tokenizer
 from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
 from model import GPT, GPTConfig
 from tiny import CPU
@@ -24,52 +26,47 @@ def run(capsys, monkeypatch):
 
     def call(*argv):
         capsys.readouterr()
-        code = sample.main([str(arg) for arg in argv])
+        try:
+            code = sample.main([str(arg) for arg in argv])
+        except SystemExit as stopped:  # from argparse
+            code = stopped.code
         return code, *capsys.readouterr()
 
     return call
-
-
-def columns(printed: str) -> dict[str, str]:
-    """The text below the name of each column, without spaces."""
-    rows = [row for row in printed.split("\n") if row]
-    width = rows[0].index("|") + 2
-    starts = range(0, len(rows[0]), width)
-    table = [[row[i : i + width - 3].strip() for i in starts] for row in rows]
-    return {name: squeezed("".join(cells)) for name, *cells in zip(*table, strict=True)}
-
-
-def squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-@torch.no_grad()
-def expected(pi: GPT, pi_ref: GPT, dataset: Dataset, prompt: str) -> str:
-    """Three samples at temperature 0.7 and seed 5: r*, if it is known, log-ratio and text."""
-    tokenizer, generator = load_tokenizer(dataset.tokens), torch.Generator().manual_seed(5)
-    x, end = tokenizer.encode_ordinary(prompt), tokenizer.eot_token
-    ids, mask, _ = model.sample(pi, [x] * 3, end, 0.7, generator)
-    ratio = dpo.response_logps(pi, ids, mask) - dpo.response_logps(pi_ref, ids, mask)
-    texts = decode_rows(ids, tokenizer)
-    rewards = [f"r* {r:+.2f}, " for r in dataset.reward(texts)] if dataset.reward else [""] * 3
-    ys = [sample.printable(text.removeprefix(prompt)) for text in texts]
-    rows = zip(rewards, ratio.sum(-1), ys, strict=True)
-    return squeezed("".join(f"{r}log-ratio {value:+.2f}{y}" for r, value, y in rows))
 
 
 @pytest.mark.parametrize("name", ["toy", "own"])
 def test_every_model_has_completions_with_their_reward_and_log_ratio(name, run, request):
     """What is printed is what the checkpoints sample, and r*, which is unknown for own pairs."""
     recorded, prompt = request.getfixturevalue(name), "the film works"
+    dataset = recorded.returned["dataset"]
+    tokenizer, completions = load_tokenizer(dataset.tokens), {}
+    x, end = tokenizer.encode_ordinary(prompt), tokenizer.eot_token
+    files = {f"dpo, beta {beta:g}": f"dpo-{beta:g}.pt" for beta in recorded.cfg.beta}
+    pi_ref = load_gpt(recorded.returned["reference"], CPU)
+    for column, file in ({"pi_ref": "reference.pt"} | files).items():
+        pi = load_gpt(read_checkpoint(recorded.folder / file), CPU)
+        ids, mask, _ = model.sample(pi, [x] * 3, end, 0.7, torch.Generator().manual_seed(5))
+        ratio = dpo.response_logps(pi, ids, mask) - dpo.response_logps(pi_ref, ids, mask)
+        texts = decode_rows(ids, tokenizer)
+        r = dataset.reward(texts).tolist() if name == "toy" else [None] * 3
+        ys = [text.removeprefix(prompt) for text in texts]
+        completions[column] = [*map(Completion, ys, r, ratio.sum(-1).tolist())]
     flags = ["--n", "3", "--seed", "5", "--temperature", "0.7"]
     code, printed, _ = run(recorded.folder, prompt, *flags)
-    assert code == 0 and ("r*" in printed) == (name == "toy")
-    files = {f"dpo, beta {beta:g}": f"dpo-{beta:g}.pt" for beta in recorded.cfg.beta}
-    files, found = {"pi_ref": "reference.pt"} | files, columns(printed)
-    assert list(found) == list(files)
-    models = [load_gpt(read_checkpoint(recorded.folder / file), CPU) for file in files.values()]
-    for column, pi in zip(files, models, strict=True):
-        assert found[column] == expected(pi, models[0], recorded.returned["dataset"], prompt)
+    assert (code, printed) == (0, sample.side_by_side(completions, 3000) + "\n")
+
+
+def test_columns_have_names_numbers_and_wrapped_text():
+    pi_ref = [Completion(" is\x07 superb and truly moving.", -0.3, 0.0)]
+    policy = [Completion(" is dull.", None, 1.25)]
+    assert sample.side_by_side({"pi_ref": pi_ref, "dpo, beta 1": policy}, 60).splitlines() == [
+        "pi_ref                      | dpo, beta 1",
+        "",
+        "r* -0.30, log-ratio +0.00   | log-ratio +1.25",
+        " is\\x07 superb and truly    |  is dull.",
+        "moving.                     |",
+    ]
 
 
 def test_one_policy_has_no_log_ratio_and_r_star_only_in_the_folder_of_its_run(toy, run, tmp_path):
@@ -92,12 +89,6 @@ def test_without_a_prompt_it_asks_for_prompts(toy, run, monkeypatch):
     assert printed.count("pi_ref") == 2 and printed.count("the prompt is empty") == 1
 
 
-def test_columns_fit_the_terminal(toy, run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    _, printed, _ = run(toy.folder, "the plot", "--n", "8")
-    assert max(map(len, printed.splitlines())) <= 100
-
-
 def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
     """Text outside brackets is the prompt; inside is the response, with its end token; rewards are
     r*'s."""
@@ -105,10 +96,10 @@ def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
     tokenizer = load_tokenizer(toy.calls["dataset"][1][-1])
     code, printed, _ = run(toy.folder, "--show", "--seed", 3)
     assert code == 0
-    names, rows = ("chosen", "rejected"), preferences.pairs[3]
-    for name, line, row in zip(names, printed.splitlines(), rows, strict=False):
+    names = "chosen", "rejected"
+    for name, line, row in zip(names, printed.splitlines(), preferences.pairs[3], strict=False):
         ids, mask = preferences.ids[row], preferences.mask[row]
-        first, last = mask.nonzero()[0].item(), mask.nonzero()[-1].item()
+        first, last = mask.nonzero()[[0, -1], 0].tolist()
         shown = [repr(tokenizer.decode([i]))[1:-1] for i in ids[: last + 1].tolist()]
         marked = [f"{token}|" for token in shown[:first]] + [f"[{t}]" for t in shown[first:]]
         r = toy.returned["dataset"].reward(decode_rows(ids[None], tokenizer)).item()
@@ -120,35 +111,30 @@ def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["{toy}", ""], "the prompt is empty; give some words"),
-        (["{toy}", " plot" * 60], "the prompt has 60 tokens; the context has room for 23"),
-        (["{empty}", "the plot"], "there are no models here; python train.py writes them"),
-        (["{empty}/file", "the plot"], "file: cannot be read as a checkpoint"),
-        (["{other}", "the plot"], "dpo, beta 7 is left from a run with other tokens"),
-        (["{other}/reference.pt", "--show"], "preferences.pt: cannot be read"),
+        (["toy", ""], "the prompt is empty; give some words"),
+        (["toy", " plot" * 60], "the prompt has 60 tokens; the context has room for 23"),
+        (["empty", "the plot"], "there are no models here; python train.py writes them"),
+        (["file", "the plot"], "file: cannot be read as a checkpoint"),
+        (["other", "the plot"], "dpo, beta 7 is left from a run with other tokens"),
+        (["other/reference.pt", "--show"], "preferences.pt: cannot be read"),
+        (["toy", "the plot", "--n", "0"], "--n"),
+        (["toy", "the plot", "--temperature", "0"], "--temperature"),
+        (["toy", "the plot", "--seed", "x"], "--seed"),
+        (["toy", "the plot", "--device", "no"], "--device"),
     ],
 )
-def test_unusable_input_is_one_line(argv, says, toy, run, tmp_path):
-    folders = {name: tmp_path / name for name in ("empty", "other")}
-    for folder in folders.values():
-        folder.mkdir()
-    (tmp_path / "empty" / "file").write_bytes(b"no model")
-    shutil.copy(toy.folder / "reference.pt", tmp_path / "other")
+def test_unusable_input_is_one_line(argv, says, toy, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy.folder, "toy")
+    for name in ("empty", "other"):
+        Path(name).mkdir()
+    Path("file").write_bytes(b"no model")
+    shutil.copy("toy/reference.pt", "other")
     pi = GPT(GPTConfig(257, 24, 1, 2, 16))
-    torch.save(to_checkpoint(pi, [bytes([b]) for b in range(256)]), tmp_path / "other" / "dpo-7.pt")
-    code, printed, error = run(*(arg.format(toy=toy.folder, **folders) for arg in argv))
+    torch.save(to_checkpoint(pi, [bytes([b]) for b in range(256)]), "other/dpo-7.pt")
+    code, printed, error = run(*argv)
     assert code == 2 and printed == "" and error.count("\n") == 1
     assert error.startswith("beyond.sample: ") and says in error
-
-
-@pytest.mark.parametrize(
-    "flags", [["--n", "0"], ["--temperature", "0"], ["--seed", "x"], ["--device", "no"]]
-)
-def test_a_wrong_flag_is_one_line(flags, toy, run, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(toy.folder, "the plot", *flags)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and flags[0] in error and error.count("\n") == 1
 
 
 def test_held_out_pairs_are_shown_from_the_largest_to_the_smallest_margin(own, run):
@@ -161,7 +147,6 @@ def test_held_out_pairs_are_shown_from_the_largest_to_the_smallest_margin(own, r
     _, r_hat_w, r_hat_l = dpo.dpo(logps, pairs, beta)
     margin = (r_hat_w - r_hat_l).sort(descending=True).values.tolist()
     shown = [float(r) for r in re.findall(r"r_hat +([+-][\d.]+)", printed)][:8]
-    margins = [shown[i] - shown[i + 1] for i in range(0, 8, 2)]
-    expected = [*margin[:2], *margin[-1:-3:-1]]
-    assert margins == pytest.approx(expected, abs=0.1)
+    margins = [w - l for w, l in zip(shown[::2], shown[1::2], strict=True)]
+    assert margins == pytest.approx([*margin[:2], *margin[-1:-3:-1]], abs=0.1)
     assert f"of {len(margin)} held-out pairs" in printed

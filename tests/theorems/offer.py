@@ -1,13 +1,15 @@
 """What this project offers to its own theorems."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import dpo
 from beyond import losses
-from dpo import (
+from dpo import (  # noqa: F401  offered as they are
     Preferences,
     bradley_terry,
     dpo_loss,
@@ -18,47 +20,27 @@ from dpo import (
     response_logps,
     sequence_kl,
 )
-from model import GPT, GPTConfig, sample
-
-__all__ = [
-    "bradley_terry",
-    "dpo_loss",
-    "frontier",
-    "implicit_reward",
-    "optimal_policy",
-    "plackett_luce",
-    "response_logps",
-    "sample",
-    "sequence_kl",
-]
+from model import GPT, GPTConfig, sample  # noqa: F401
 
 
-def preferences_of(
-    reference: nn.Module, ids_w: Tensor, mask_w: Tensor, ids_l: Tensor, mask_l: Tensor
-) -> Preferences:
+def rows(w: Tensor, l: Tensor) -> Tensor:
     """One pair per prompt: rows 2 i and 2 i + 1 are y_w and y_l of prompt i."""
-    ids = torch.stack((ids_w, ids_l), 1).flatten(0, 1)
-    mask = torch.stack((mask_w, mask_l), 1).flatten(0, 1)
-    n = len(ids_w)
-    return Preferences(
-        ids=ids,
-        mask=mask,
-        ref_logps=response_logps(reference, ids, mask).detach(),
-        prompt=torch.arange(n).repeat_interleave(2),
-        pairs=torch.arange(2 * n).view(n, 2),
-        weight=torch.ones(n, dtype=torch.float64),
-    )
+    return torch.stack((w, l), 1).flatten(0, 1)
+
+
+def preferences_of(ids: Tensor, mask: Tensor, ref_logps: Tensor) -> Preferences:
+    n = len(ids) // 2
+    prompt = torch.arange(n).repeat_interleave(2)
+    pairs = torch.arange(2 * n).view(n, 2)
+    return Preferences(ids, mask, ref_logps, prompt, pairs, torch.ones(n, dtype=torch.float64))
 
 
 def training_step(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer) -> Tensor:
     """One step of `dpo.train` on all pairs."""
-    preferences = preferences_of(reference, ids_w, mask_w, ids_l, mask_l)
-
-    def loss(logps, batch):
-        return dpo.dpo(logps, batch, beta)
-
-    steps = dpo.train(model, preferences, loss, optimizer, [torch.arange(len(ids_w))])
-    return next(steps)["loss"]
+    ids, mask = rows(ids_w, ids_l), rows(mask_w, mask_l)
+    preferences = preferences_of(ids, mask, reference_logps(reference, ids, mask))
+    loss, prompts = partial(dpo.dpo, beta=beta), torch.arange(len(ids_w))
+    return next(dpo.train(model, preferences, loss, optimizer, [prompts]))["loss"]
 
 
 def pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l, length_w=None, length_l=None):
@@ -66,39 +48,22 @@ def pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l, length_w=None, length_l=N
 
     Each response has its length, 1 unless given, and its tokens share its log-probability.
     """
-    n = len(logp_w)
-    ones = torch.ones(n, dtype=torch.long)
-    lengths = [ones if length is None else length.long() for length in (length_w, length_l)]
-    length = torch.cat(lengths)[:, None]
-    mask = torch.arange(int(length.max())) < length
-
-    def spread(w, l):
-        return torch.cat((w, l))[:, None] / length * mask
-
-    batch = Preferences(
-        ids=mask.long(),
-        mask=mask,
-        ref_logps=spread(ref_logp_w, ref_logp_l),
-        prompt=torch.arange(n).repeat(2),
-        pairs=torch.arange(2 * n).view(2, n).T,
-        weight=torch.ones(n, dtype=torch.float64),
+    ones = torch.ones(len(logp_w), dtype=torch.long)
+    length = rows(ones, ones) if length_w is None else rows(length_w, length_l).long()
+    mask = torch.arange(int(length.max())) < length[:, None]
+    logps, ref_logps = (
+        (rows(*each) / length)[:, None] * mask
+        for each in ((logp_w, logp_l), (ref_logp_w, ref_logp_l))
     )
-    return spread(logp_w, logp_l), batch
+    return logps, preferences_of(mask.long(), mask, ref_logps)
 
 
 def metrics(logp_w, logp_l, ref_logp_w, ref_logp_l, beta) -> dict[str, Tensor]:
     """The metrics of `dpo.train` for a model whose parameters are the log-probabilities."""
     logps, batch = pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l)
-    pi = nn.ParameterList([nn.Parameter(logps)])
-    steps = dpo.train(
-        pi,
-        dpo.Preferences(**{**vars(batch), "prompt": torch.zeros(len(logps))}),
-        lambda logps, batch: dpo.dpo(logps, batch, beta),
-        torch.optim.SGD(pi.parameters(), lr=0.0),
-        batches=[torch.zeros(1)],
-        logps_fn=lambda pi, ids, mask: pi[0] * 1.0,
-    )
-    return next(steps)
+    pi, loss = nn.ParameterList([nn.Parameter(logps)]), partial(dpo.dpo, beta=beta)
+    sgd, prompts = torch.optim.SGD(pi.parameters(), lr=0.0), torch.arange(len(logp_w))
+    return next(dpo.train(pi, batch, loss, sgd, [prompts], logps_fn=lambda pi, ids, mask: pi[0]))
 
 
 def make_model(vocab_size: int, context: int) -> GPT:
@@ -117,28 +82,17 @@ def reference_logps(reference: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 # ------------------------------------------------- the losses of beyond/losses.py
 
 
-def ipo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, tau):
-    return losses.ipo(*pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l), tau)[0]
+def of_pairs(loss):
+    """A loss as a function of the four log-probabilities of each pair, and its own parameters."""
+    return lambda *args: loss(*pair_batch(*args[:4]), *args[4:])[0]
 
 
-def cdpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, epsilon):
-    return losses.cdpo(*pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l), beta, epsilon)[0]
-
-
-def robust_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, epsilon):
-    return losses.robust(*pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l), beta, epsilon)[0]
-
-
-def hinge_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
-    return losses.hinge(*pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l), beta)[0]
-
-
-def sppo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
-    return losses.sppo_hard(*pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l), beta)[0]
-
-
-def dpop_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, lam):
-    return losses.dpop(*pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l), beta, lam)[0]
+ipo_loss = of_pairs(losses.ipo)
+cdpo_loss = of_pairs(losses.cdpo)
+robust_loss = of_pairs(losses.robust)
+hinge_loss = of_pairs(losses.hinge)
+sppo_loss = of_pairs(losses.sppo_hard)
+dpop_loss = of_pairs(losses.dpop)
 
 
 def r_dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, length_w, length_l, beta, alpha):
@@ -157,8 +111,6 @@ def orpo_loss(logp_w, logp_l, length_w, length_l):
 
 
 def kto_reference_point(logp, ref_logp, mismatched_logp, mismatched_ref_logp):
-    """The second half of the rows is in no pair."""
+    """Row 2 i is in a pair, with itself, and row 2 i + 1 in none."""
     logps, batch = pair_batch(logp, mismatched_logp, ref_logp, mismatched_ref_logp)
-    paired = torch.arange(len(logp))
-    pairs = torch.stack((paired, paired.flip(0)), 1)
-    return losses.reference_point(logps, dpo.Preferences(**{**vars(batch), "pairs": pairs}))
+    return losses.reference_point(logps, replace(batch, pairs=batch.pairs[:, [0, 0]]))

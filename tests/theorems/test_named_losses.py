@@ -87,20 +87,18 @@ def test_hard_sppo_pins_both_log_ratios(sppo_loss, p):
 @mistake("the penalty has the wrong sign or place", None, "-log s(beta (h - lam max(0, -A)))")
 @given(p=pairs, lam=small)
 def test_positive_loss_is_dpos_iff_the_chosen_response_has_not_fallen(dpop_loss, p, lam):
-    """DPOP >= DPO, and equal where log pi_theta(y_w) >= log pi_ref(y_w)"""
+    """DPOP = -log s(beta (h - lam max(0, -A))) >= DPO, and equal where A >= 0"""
     A, B = p.logp_w - p.ref_logp_w, p.logp_l - p.ref_logp_l
-    found, plain = dpop_loss(*p, lam), nats(p.beta * (A - B))
-    assert_at_most(plain, found)
-    assert_same(found[A >= 0], plain[A >= 0])
-    assert_same(found, nats(p.beta * (A - B + lam * A.clamp(max=0))))
+    found, h = dpop_loss(*p, lam), A - B
+    assert_same(found, nats(p.beta * (h - lam * (-A).clamp(min=0))))
+    assert_at_most(nats(p.beta * h), found)
 
 
 @mistake("the sign of the length penalty", None, "-log s(z + alpha (|y_w| - |y_l|))")
 @given(h=margins, beta=betas, alpha=small, w=st.integers(1, 9), l=st.integers(1, 9))
 def test_length_penalty_enters_with_the_sign_of_the_optimum(r_dpo_loss, h, beta, alpha, w, l):
     """R-DPO = -log s(z + alpha (|y_w| - |y_l|)), whose optimum is tilt(r - alpha length)"""
-    lengths = number([w]), number([l])
-    found = r_dpo_loss(*at(h), *lengths, beta, alpha)
+    found = r_dpo_loss(*at(h), number([w]), number([l]), beta, alpha)
     assert_same(found, [nats(beta * h + alpha * (w - l))])
 
 
@@ -113,28 +111,18 @@ def test_simpo_compares_means_with_a_target_margin(simpo_loss, seed, beta, gamma
     assert_same(found, nats(beta * logp_w / w - beta * logp_l / l - gamma))
 
 
-@mistake(
-    "ORPO's odds from the sum of log-probabilities, or without the 1 - P",
-    5,
-    "mean log-probability per token, then log-odds = logp - log(1 - exp(logp))",
-)
+@mistake("odds of a sum, or without 1 - P", 5, "m = logp / length, odds: exp(m) / (1 - exp(m))")
 @given(seed=seeds, w=st.integers(1, 9), l=st.integers(1, 9))
 def test_odds_ratio_is_of_mean_log_probabilities(orpo_loss, seed, w, l):
     """ORPO's term = -log s(log-odds_w - log-odds_l), odds from the mean log-probability per token.
     pitfall 5"""
-    logp = uniform((2, 1), -20.0, -0.5, seed)
-    lengths = number([[w], [l]])
+    logp, lengths = uniform((2, 1), -20.0, -0.5, seed), number([[w], [l]])
     P = (logp / lengths).exp()
     log_odds = (P / (1 - P)).log()
-    found = orpo_loss(logp[0], logp[1], lengths[0], lengths[1])
-    assert_same(found, nats(log_odds[0] - log_odds[1]))
+    assert_same(orpo_loss(*logp, *lengths), nats(log_odds[0] - log_odds[1]))
 
 
-@mistake(
-    "the KL of KTO is computed from matched pairs",
-    30,
-    "z_0 is the mean log-ratio over mismatched prompts and responses",
-)
+@mistake("the KL of KTO is from matched pairs", 30, "z_0: mean log-ratio over mismatched pairs")
 @given(seed=seeds)
 def test_reference_point_is_of_mismatched_pairs(kto_reference_point, seed):
     """z_0 does not depend on the matched log-probabilities.  pitfall 30"""

@@ -131,13 +131,6 @@ def test_plackett_luce_chooses_the_best_of_those_that_are_left(plackett_luce, r)
     assert_same(plackett_luce(r), math.log(math.prod(choices)))
 
 
-@mistake("two responses are not Bradley-Terry", None, "see Eq. 18")
-@given(r=rewards)
-def test_plackett_luce_of_two_is_bradley_terry(plackett_luce, r):
-    """K = 2  =>  p*(ranking) = p*(y_1 > y_2).  Eq. 18 and Eq. 1"""
-    assert_same(plackett_luce(r[:2]), torch.sigmoid(r[0] - r[1]).log())
-
-
 @mistake("log Z does not cancel", None, "see Eq. 19")
 @given(w=small_worlds)
 def test_partition_function_cancels_from_rankings(plackett_luce, w):

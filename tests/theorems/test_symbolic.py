@@ -4,6 +4,7 @@ Sympy derives Eq. 4 to 7, 21 and 22 on a generic set of three responses. The res
 with dpo.py, so that an error in either side shows.
 """
 
+import math
 from fractions import Fraction
 from itertools import permutations
 
@@ -37,8 +38,8 @@ def is_zero(expression) -> bool:
     return sympy.simplify(expression) == 0
 
 
-def value(expression, margin: float = 0.0) -> float:
-    return float(sympy.sympify(expression).subs(VALUES | {h: margin}).evalf(30))
+def value(expression) -> float:
+    return float(expression.subs(VALUES).evalf(30))
 
 
 # ------------------------------------------------- Eq. 4 to 7
@@ -80,40 +81,38 @@ def test_eq_6_needs_no_partition_function():
     assert_same(dpo.bradley_terry(R[0], R[1]), value(p))
 
 
-def loss_at(margin: float, weight: float = BETA) -> tuple[Tensor, Tensor]:
-    """The loss of dpo.py at a margin, and its derivative."""
-    at, zero = number([margin]).requires_grad_(), number([0.0])
-    losses, _, _ = dpo.dpo_loss(at, zero, zero, zero, weight)
+MARGINS = [-3.0, -0.5, 0.0, 1.25]
+
+
+def at_margins(expression) -> list[float]:
+    return [value(expression.subs(h, margin)) for margin in MARGINS]
+
+
+def losses_and_slopes() -> tuple[Tensor, Tensor]:
+    """The losses of dpo.py at the margins, and their derivatives."""
+    at, zero = number(MARGINS).requires_grad_(), torch.zeros(len(MARGINS))
+    losses, _, _ = dpo.dpo_loss(at, zero, zero, zero, BETA)
     return losses, torch.autograd.grad(losses.sum(), at)[0]
 
 
-@pytest.mark.parametrize("margin", [-3.0, -0.5, 0.0, 1.25])
-def test_eq_7_is_the_log_likelihood_of_eq_6(margin):
+def test_eq_7_is_the_log_likelihood_of_eq_6():
     """-log sigma(beta h) = log(1 + exp(-beta h)), ln 2 at h = 0; dpo.dpo_loss has these values.
     Eq. 7"""
     loss = -sympy.log(sigma(beta * h))
     assert is_zero(loss - sympy.log(1 + sympy.exp(-beta * h)))
     assert is_zero(loss.subs(h, 0) - sympy.log(2))
-    assert_same(loss_at(margin)[0], [value(loss, margin)])
+    assert_same(losses_and_slopes()[0], at_margins(loss))
 
 
 # ------------------------------------------------- Eq. 21 and 22
 
 
-def test_sigmoids_derivative_is_sigma_times_one_minus_sigma():
-    """sigma'(z) = sigma(z) (1 - sigma(z)) and 1 - sigma(z) = sigma(-z)"""
-    z = sympy.Symbol("z", real=True)
-    assert is_zero(sympy.diff(sigma(z), z) - sigma(z) * (1 - sigma(z)))
-    assert is_zero(1 - sigma(z) - sigma(-z))
-
-
-@pytest.mark.parametrize("margin", [-3.0, -0.5, 0.0, 1.25])
-def test_gradient_of_eq_7_is_that_of_section_4(margin):
+def test_gradient_of_eq_7_is_that_of_section_4():
     """d/dh of -log sigma(beta h) = -beta sigma(-beta h), which is Eq. 22 for Eq. 7; autograd
     through dpo.dpo_loss agrees. Section 4's gradient"""
     slope = sympy.diff(-sympy.log(sigma(beta * h)), h)
     assert is_zero(slope + beta * sigma(-beta * h))
-    assert_same(loss_at(margin)[1], [value(slope, margin)])
+    assert_same(losses_and_slopes()[1], at_margins(slope))
 
 
 def test_appendix_a4_as_printed_is_not_the_gradient_of_eq_7():
@@ -126,54 +125,18 @@ def test_appendix_a4_as_printed_is_not_the_gradient_of_eq_7():
     last_line_as_printed = -beta * sigma(beta * h)
     assert is_zero(eq_21_as_printed - beta * sigma(beta * h))
     assert not is_zero(eq_21_as_printed - right)
-    assert not is_zero(last_line_as_printed - right)
-    assert not is_zero(last_line_as_printed - eq_21_as_printed)
     assert sympy.solve(sympy.Eq(last_line_as_printed, right), h) == [0]
-    for margin in (-2.0, 0.5):
-        slope = loss_at(margin)[1].item()
-        for printed in (eq_21_as_printed, last_line_as_printed):
-            assert abs(slope - value(printed, margin)) > 0.01
 
 
 # ------------------------------------------------- exact rationals
 
-weights = st.lists(st.integers(1, 20), min_size=2, max_size=4)
 
-
-def exact_ranking(weight: list[int]) -> Fraction:
-    """Plackett-Luce with exp(r) = weight."""
-    p = Fraction(1)
-    for k in range(len(weight)):
-        p *= Fraction(weight[k], sum(weight[k:]))
-    return p
-
-
-@given(weight=weights)
+@given(weight=st.lists(st.integers(1, 20), min_size=2, max_size=4))
 def test_rankings_are_exact_rationals(weight):
     """exp(r_k) integers  =>  the probabilities of the K! rankings sum to exactly 1, and
     dpo.plackett_luce has each to 14 digits.  Eq. 18"""
-    orders = list(permutations(weight))
-    exact = [exact_ranking(list(order)) for order in orders]
+    orders, K = list(permutations(weight)), len(weight)
+    exact = [math.prod(Fraction(order[k], sum(order[k:])) for k in range(K)) for order in orders]
     assert sum(exact) == 1
     found = dpo.plackett_luce(number(orders).log()).exp()
     assert_same(found / number([float(p) for p in exact]), torch.ones(len(orders)), 1e-13)
-
-
-@given(weight=weights, seed=st.integers(1, 20))
-def test_tilts_are_exact_rationals(weight, seed):
-    """pi_ref and exp(r / beta) rational  =>  log-ratios of Eq. 4 give back p* exactly, and
-    dpo.optimal_policy has Eq. 4 to 13 digits.  Eq. 4 and Eq. 6"""
-    N, b = len(weight), 2
-    counts = [1 + (seed * (i + 3)) % 7 for i in range(N)]
-    ref_p = [Fraction(c, sum(counts)) for c in counts]
-    Z_exact = sum(p * q for p, q in zip(ref_p, weight, strict=True))
-    pi = [p * q / Z_exact for p, q in zip(ref_p, weight, strict=True)]
-    assert sum(pi) == 1
-    ratio = [(p / q) ** b for p, q in zip(pi, ref_p, strict=True)]  # exp(r_hat)
-    for i in range(N):
-        exact = Fraction(weight[i] ** b, weight[i] ** b + weight[0] ** b)
-        assert ratio[i] / (ratio[i] + ratio[0]) == exact
-    reward = b * number(weight).log()
-    logp, log_Z = dpo.optimal_policy(number([float(p) for p in ref_p]).log(), reward, float(b))
-    assert_same(logp.exp() / number([float(p) for p in pi]), torch.ones(N), 1e-13)
-    assert_same(log_Z.exp() / float(Z_exact), 1.0, 1e-13)

@@ -7,12 +7,13 @@ shrinks towards few responses and small seeds instead of towards odd floats.
 import math
 import random
 from contextvars import ContextVar
-from itertools import product
+from itertools import permutations, product
 from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.functional import hessian, jacobian
 
 import dpo
 from model import GPT, GPTConfig
@@ -27,27 +28,23 @@ def number(x) -> Tensor:
     return torch.tensor(x, dtype=torch.float64)
 
 
-def assert_same(found, expected, tolerance: float | None = None):
-    """Equal within the tolerance, absolute and relative. NaN equals nothing."""
-    tolerance = max(tolerance or 0.0, tolerance_in_use.get())
-    found = torch.as_tensor(found, dtype=torch.float64).detach()
-    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
-    shapes = f"found the shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    assert found.shape == expected.shape, shapes
-    if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
-        i = (found - expected).abs().nan_to_num(torch.inf).argmax()
-        where = f" at index {int(i)} of {found.numel()}" if found.numel() > 1 else ""
-        values = f"found {found.flatten()[i]:.9g}, expected {expected.flatten()[i]:.9g}"
-        raise AssertionError(f"{values}{where}")
+def plain(x) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64).detach()
 
 
-def assert_at_most(left, right, tolerance: float | None = None):
+def assert_same(found, expected, tolerance: float = 0.0):
+    """Equal shapes, and values equal within the tolerance, absolute and relative."""
+    found, expected = plain(found), plain(expected)
+    tolerance = max(tolerance, tolerance_in_use.get())
+    same = found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)
+    assert same, f"found {found.tolist()}, expected {expected.tolist()}"
+
+
+def assert_at_most(left, right):
     """left <= right everywhere, up to rounding."""
-    tolerance = max(tolerance or 0.0, tolerance_in_use.get())
-    left = torch.as_tensor(left, dtype=torch.float64).detach()
-    right = torch.as_tensor(right, dtype=torch.float64).detach()
-    holds = (left <= right + tolerance * (1 + right.abs())).all()
-    assert bool(holds), f"{left.tolist()} is not at most {right.tolist()}"
+    left, right = plain(left), plain(right)
+    holds = (left <= right + tolerance_in_use.get() * (1 + right.abs())).all()
+    assert holds, f"{left.tolist()} is not at most {right.tolist()}"
 
 
 # ------------------------------------------------- finite worlds
@@ -84,9 +81,13 @@ def world(
     N: int, beta: float, seed: int, spread: float = 8.0, reward: float = 5.0, ties: bool = False
 ) -> World:
     r = uniform((N,), -reward, reward, 3 * seed + 1)
-    if ties:
-        r = r.clamp(-1, 1).round()
+    r = r.clamp(-1, 1).round() if ties else r
     return World(policy(N, 3 * seed, spread), r, policy(N, 3 * seed + 2, spread), beta)
+
+
+def mild(sizes, betas) -> st.SearchStrategy[World]:
+    """Worlds whose optimum is far from one-hot, half of them with tied rewards."""
+    return st.builds(world, sizes, betas, seeds, st.just(2.0), st.just(2.0), st.booleans())
 
 
 def pair_of(B: int, beta: float, seed: int, lowest: int = 60) -> Pair:
@@ -108,17 +109,12 @@ margins = st.integers(-200, 200).map(lambda k: k / 10)  # h, in nats
 sizes = st.integers(2, 8)
 
 wild_worlds = st.builds(world, sizes, betas, seeds)  # one third have a nearly one-hot optimum
-mild_worlds = st.builds(world, sizes, log_grid(0.5, 5.0), seeds, st.just(2.0), st.just(2.0))
-tied_worlds = st.builds(
-    world, sizes, log_grid(0.5, 5.0), seeds, st.just(2.0), st.just(2.0), st.just(True)
-)
-worlds = wild_worlds | mild_worlds | tied_worlds
+mild_worlds = mild(sizes, log_grid(0.5, 5.0))
+worlds = wild_worlds | mild_worlds
 small_worlds = st.builds(  # for all K! rankings
     world, st.integers(2, 4), betas, seeds, st.sampled_from([2.0, 8.0])
 )
-optimiser_worlds = st.builds(
-    world, st.integers(2, 5), log_grid(0.2, 5.0), seeds, st.just(2.0), st.just(2.0), st.booleans()
-)
+optimiser_worlds = mild(st.integers(2, 5), log_grid(0.2, 5.0))
 pairs = st.builds(pair_of, st.integers(1, 4), betas, seeds, st.sampled_from([60, 6]))
 rewards = st.builds(lambda N, seed: uniform((N,), -5.0, 5.0, seed), sizes, seeds)
 
@@ -149,18 +145,16 @@ def objective(logp: Tensor, w: World) -> Tensor:
 def rivals(w: World, seed: int) -> dict[str, Tensor]:
     """Policies that compete with the optimum: random, plausible but wrong, and close."""
     best = tilt(w.ref_logp, w.r, w.beta)
-    close = {
-        f"optimum, disturbed by {size:g}": (best + size * policy(len(best), seed, 1.0))
-        for size in (0.1, 0.01)
-    }
-    wrong = {
+    disturbance = policy(len(best), seed, 1.0)
+    return {
         "random": w.logp,
         "pi_ref": w.ref_logp,
         "optimum at 2 beta": tilt(w.ref_logp, w.r, 2 * w.beta),
         "optimum at beta / 2": tilt(w.ref_logp, w.r, w.beta / 2),
         "optimum without pi_ref": tilt(0 * w.ref_logp, w.r, w.beta),
+        "near the optimum": (best + 0.1 * disturbance).log_softmax(-1),
+        "nearer to the optimum": (best + 0.01 * disturbance).log_softmax(-1),
     }
-    return {name: logp.log_softmax(-1) for name, logp in (wrong | close).items()}
 
 
 def connected(N: int, seed: int) -> list[tuple[int, int, float]]:
@@ -171,37 +165,26 @@ def connected(N: int, seed: int) -> list[tuple[int, int, float]]:
     return [(i, j, rng.uniform(0.2, 1.0)) for i, j in sorted(tree | more)]
 
 
-class Population(NamedTuple):
-    """Every compared pair in both orders, with the share of each order."""
-
-    w: Tensor  # (n,)
-    l: Tensor  # (n,)
-    share: Tensor  # (n,), sums to 1
-
-
-def population_pairs(r: Tensor, drawn: list[tuple[int, int, float]] | None = None) -> Population:
-    """Bradley-Terry labels for the drawn pairs, or for all pairs with the same mass."""
-    N = len(r)
-    drawn = drawn or [(i, j, 1.0) for i in range(N) for j in range(i)]
-    orders = [order for i, j, mass in drawn for order in ((i, j, mass), (j, i, mass))]
-    w, l, mass = (torch.tensor(column) for column in zip(*orders, strict=True))
-    share = mass.double() * torch.sigmoid(r[w] - r[l])
-    return Population(w, l, share / share.sum())
-
-
 def population(
     ref_logp: Tensor, r: Tensor, drawn: list[tuple[int, int, float]] | None = None
 ) -> dpo.Preferences:
-    """`population_pairs` as a batch: one prompt, responses of one token each."""
-    w, l, share = population_pairs(r, drawn)
+    """One prompt, responses of one token each, and Bradley-Terry labels of the drawn pairs.
+
+    Without drawn pairs, all pairs have the same mass. Each pair is there in both orders. The
+    weights sum to 1.
+    """
     N = len(r)
+    drawn = drawn or [(i, j, 1.0) for i in range(N) for j in range(i)]
+    orders = drawn + [(j, i, mass) for i, j, mass in drawn]
+    w, l, mass = (torch.tensor(column) for column in zip(*orders, strict=True))
+    share = mass.double() * torch.sigmoid(r[w] - r[l])
     return dpo.Preferences(
         ids=torch.zeros(N, 1, dtype=torch.long),
         mask=torch.ones(N, 1, dtype=torch.bool),
         ref_logps=ref_logp[:, None],
         prompt=torch.zeros(N, dtype=torch.long),
         pairs=torch.stack((w, l), 1),
-        weight=share,
+        weight=share / share.sum(),
     )
 
 
@@ -210,25 +193,19 @@ def population_loss(logp: Tensor, batch: dpo.Preferences, beta: float) -> Tensor
     return (batch.weight * losses).sum()
 
 
-def minimise(loss, x: Tensor, gradient_norm: float = 1e-11) -> Tensor:
-    """Damped Newton down to the gradient norm, or to 1e-8 where rounding ends the descent.
-
-    Raises AssertionError where it finds no minimum.
-    """
+def minimise(loss, x: Tensor) -> Tensor:
+    """Damped Newton down to the gradient norm 1e-11, or to 1e-8 if rounding ends the descent."""
     for _ in range(100):
-        x = x.detach().requires_grad_()
-        value = loss(x)
-        (gradient,) = torch.autograd.grad(value, x)
-        if gradient.norm() < gradient_norm:
-            return x.detach()
-        hessian = torch.autograd.functional.hessian(loss, x.detach())
-        step = torch.linalg.pinv(hessian, hermitian=True) @ gradient
+        gradient = jacobian(loss, x)
+        if gradient.norm() < 1e-11:
+            break
+        step = torch.linalg.pinv(hessian(loss, x), hermitian=True) @ gradient
         size = 1.0
-        while loss((x - size * step).detach()) > value and size > 1e-8:
+        while loss(x - size * step) > loss(x) and size > 1e-8:
             size /= 2
         x = x - size * step
     assert gradient.norm() < 1e-8, "the optimiser found no minimum"
-    return x.detach()
+    return x
 
 
 # ------------------------------------------------- models
@@ -245,12 +222,8 @@ class Bigram(nn.Module):
         return self.logits[ids]
 
 
-class Positional(nn.Module):
+class Positional(Bigram):
     """Logits that depend on the position alone, (T, V). They show which logits a function uses."""
-
-    def __init__(self, logits: Tensor):
-        super().__init__()
-        self.logits = nn.Parameter(logits)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits[: ids.size(1)].expand(*ids.shape, -1)
@@ -264,13 +237,12 @@ def bigram(seed: int) -> Bigram:
     return Bigram(uniform((V, V), -3.0, 3.0, seed))
 
 
-def gpt(seed: int, context: int = CONTEXT, std: float = 0.4, n_layer: int = 1) -> GPT:
+def gpt(seed: int, context: int = CONTEXT, n_layer: int = 1) -> GPT:
     """A GPT in float64 with random parameters, so that no distribution is uniform."""
     pi = GPT(GPTConfig(V, context, n_layer, n_head=2, n_embd=16)).double()
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in pi.parameters():
-            p.normal_(std=std, generator=generator)
+    for p in pi.parameters():
+        nn.init.normal_(p, std=0.4, generator=generator)
     return pi
 
 
@@ -308,38 +280,29 @@ def enumerated(pi: nn.Module, x: list[int]) -> Tensor:
 
 
 def triplets(seed: int, P: int = 4, K: int = 4) -> list[dict]:
-    """P prompts with up to K responses each, of unequal lengths, and weighted pairs of them."""
+    """P prompts with responses of 1 to K tokens each, and some weighted pairs of them."""
     rng = random.Random(seed)
-
-    def tokens(low: int, high: int) -> list[int]:
-        return [rng.randrange(V) for _ in range(rng.randint(low, high))]
-
     found = []
     for prompt in range(P):
-        x, ys = tokens(1, 3), [tokens(1, 4) for _ in range(K)]
-        possible = [(y, other) for y in ys for other in ys if y != other] or [(ys[0], ys[0])]
-        chosen = [rng.choice(possible)] + [pair for pair in possible if rng.random() < 0.3]
-        found += [
-            dict(prompt=prompt, x=x, y_w=y, y_l=other, weight=rng.uniform(0.1, 1.0))
-            for y, other in chosen
-        ]
+        x = rng.choices(range(V), k=rng.randint(1, 3))
+        ys = [rng.choices(range(V), k=n) for n in range(1, K + 1)]
+        for y_w, y_l in rng.sample([*permutations(ys, 2)], rng.randint(1, 6)):
+            found.append(dict(prompt=prompt, x=x, y_w=y_w, y_l=y_l, weight=rng.uniform(0.1, 1.0)))
     return found
 
 
 def preferences(of: list[dict], pi_ref: nn.Module) -> dpo.Preferences:
     """Triplets as a batch with pi_ref's log-probabilities: each distinct response is one row."""
-    found = {(t["prompt"], tuple(t["x"]), tuple(t[side])) for t in of for side in ("y_w", "y_l")}
-    found = sorted(found)
-    row = {(prompt, y): i for i, (prompt, _, y) in enumerate(found)}
+    both = [[(t["prompt"], (*t["x"],), (*t[side],)) for side in ("y_w", "y_l")] for t in of]
+    found = sorted({response for pair in both for response in pair})
     T = max(len(x) + len(y) for _, x, y in found)
-    each = [rows(list(x), [list(y)], T) for _, x, y in found]
+    each = [rows(x, [y], T) for _, x, y in found]
     ids, mask = (torch.cat(parts) for parts in zip(*each, strict=True))
     with torch.no_grad():
         ref_logps = dpo.response_logps(pi_ref, ids, mask)
-    pairs = [[row[t["prompt"], tuple(t[side])] for side in ("y_w", "y_l")] for t in of]
     prompt = torch.tensor([prompt for prompt, _, _ in found])
-    weight = number([t["weight"] for t in of])
-    return dpo.Preferences(ids, mask, ref_logps, prompt, torch.tensor(pairs), weight)
+    pairs = torch.tensor([[found.index(response) for response in pair] for pair in both])
+    return dpo.Preferences(ids, mask, ref_logps, prompt, pairs, number([t["weight"] for t in of]))
 
 
 def standard_errors(estimate: Tensor, truth: Tensor, se: Tensor) -> Tensor:

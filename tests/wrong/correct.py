@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from .training import descend, loss_of, rows_of, sample_with
+from .logps import logp
+from .training import descend, loss_of, rows_of, sampled
 
 
 # ------------------------------------------------- as in the authors' code: logits in, HF names
@@ -15,12 +16,8 @@ from .training import descend, loss_of, rows_of, sample_with
 def batch_logps(logits, labels, mask):
     labels, mask = labels[:, 1:].clone(), mask[:, 1:]
     labels[~mask] = 0
-    per_token = torch.gather(logits[:, :-1].log_softmax(-1), 2, labels.unsqueeze(2)).squeeze(2)
-    return (per_token * mask).sum(-1)
-
-
-def upcast_batch_logps(logits, labels, mask):
-    return batch_logps(logits.float(), labels, mask)
+    logps = logits[:, :-1].float().log_softmax(-1)
+    return (torch.gather(logps, 2, labels.unsqueeze(2)).squeeze(2) * mask).sum(-1)
 
 
 def three_outputs(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -38,7 +35,7 @@ def recorded(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 authors_style = SimpleNamespace(
-    logps_from_logits=upcast_batch_logps, dpo_loss=three_outputs, metrics=recorded
+    logps_from_logits=batch_logps, dpo_loss=three_outputs, metrics=recorded
 )
 
 
@@ -48,19 +45,16 @@ authors_style = SimpleNamespace(
 def one_token_at_a_time(model, ids, mask):
     total = []
     for row, inside in zip(ids, mask, strict=True):
-        logp = 0.0
-        for t in inside.nonzero().flatten().tolist():
-            logits = model(row[None, :t])[0, -1].double()
-            logp = logp + logits[row[t]] - torch.logsumexp(logits, 0)
-        total.append(logp)
+        logps = [
+            model(row[None, :t])[0, -1].double().log_softmax(-1)[row[t]] for t in inside.nonzero()
+        ]
+        total.append(sum(logps))
     return torch.stack(total)
 
 
 def mean_of_a_loop(w, l, ref_w, ref_l, beta):
-    losses = []
-    for i in range(len(w)):
-        z = beta * (w[i] - ref_w[i] - l[i] + ref_l[i])
-        losses.append(torch.logaddexp(torch.zeros_like(z), -z))
+    margins = [a - b - c + d for a, b, c, d in zip(w, ref_w, l, ref_l, strict=True)]
+    losses = [torch.logaddexp(torch.zeros_like(h), -beta * h) for h in margins]
     return sum(losses) / len(losses)
 
 
@@ -96,7 +90,6 @@ def float32_logps(model, ids, mask):
 
 def float32_loss(w, l, ref_w, ref_l, beta):
     w, l, ref_w, ref_l = (v.to(torch.float32) for v in (w, l, ref_w, ref_l))
-    beta = torch.tensor(beta, dtype=torch.float32)
     return -F.logsigmoid(beta * ((w - ref_w) - (l - ref_l)))
 
 
@@ -124,14 +117,10 @@ def plain_step(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer):
 
 
 def concatenated_step(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer):
-    ids, mask = torch.cat((ids_w, ids_l)), torch.cat((mask_w, mask_l))
-    w, l = float32_logps(model, ids, mask).chunk(2)
-    with torch.inference_mode():
-        ref = float32_logps(reference, ids, mask)
-    ref_w, ref_l = ref.clone().chunk(2)
-    model.zero_grad(set_to_none=True)
-    float32_loss(w, l, ref_w, ref_l, beta).mean().backward()
-    optimizer.step()
+    batch = torch.cat((ids_w, ids_l)), torch.cat((mask_w, mask_l))
+    w, l = float32_logps(model, *batch).chunk(2)
+    ref_w, ref_l = float32_logps(reference, *batch).detach().chunk(2)
+    descend(float32_loss(w, l, ref_w, ref_l, beta).mean(), optimizer)
 
 
 def divided_micro_batches(model, reference, micro_batches, beta, optimizer):
@@ -144,15 +133,7 @@ def divided_micro_batches(model, reference, micro_batches, beta, optimizer):
 
 def kept_responses(prompts, responses, pad, max_length):
     prompts = [x[-(max_length - len(y)) :] for x, y in zip(prompts, responses, strict=True)]
-    return rows_of(prompts, responses, pad, lambda t, start, end, token: start <= t < end)
-
-
-def mean_over_tokens(model, ids, mask):
-    return -batch_logps(model(ids), ids, mask).sum() / mask.sum()
-
-
-def reverse_kl_estimate(model, reference, ids, mask):
-    return batch_logps(model(ids), ids, mask) - batch_logps(reference(ids), ids, mask)
+    return rows_of(prompts, responses, pad)
 
 
 surroundings = SimpleNamespace(
@@ -160,12 +141,10 @@ surroundings = SimpleNamespace(
     accumulated_step=divided_micro_batches,
     collate=kept_responses,
     tokenize=lambda encode, prompt, response: (encode(prompt), encode(response)),
-    sft_loss=mean_over_tokens,
-    sequence_kl=reverse_kl_estimate,
-    make_reference=lambda model: copy.deepcopy(model).eval().requires_grad_(False),
-    sample=lambda model, prompts, end: sample_with(
-        model, prompts, end, lambda logits: logits.softmax(-1)
-    ),
+    sft_loss=lambda model, ids, mask: -logp(model, ids, mask).sum() / mask.sum(),
+    sequence_kl=lambda model, reference, *batch: logp(model, *batch) - logp(reference, *batch),
+    make_reference=lambda model: copy.deepcopy(model).requires_grad_(False),
+    sample=sampled,
 )
 float32_step = SimpleNamespace(training_step=concatenated_step)
 

@@ -1,7 +1,5 @@
 """The DPO loss, its metrics, and other losses of pairs, written wrongly."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -29,11 +27,6 @@ def reference_left_out(w, l, ref_w, ref_l, beta):
 
 
 @wrong("dpo_loss", 13, RATIO)
-def reference_added(w, l, ref_w, ref_l, beta):
-    return -F.logsigmoid(beta * ((w + ref_w) - (l + ref_l)))
-
-
-@wrong("dpo_loss", 13, RATIO)
 def reference_of_the_other_response(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * ((w - ref_l) - (l - ref_w)))
 
@@ -50,13 +43,7 @@ def rejected_detached(w, l, ref_w, ref_l, beta):
 
 @wrong("dpo_loss", 13, GRADIENT)
 def policy_detached(w, l, ref_w, ref_l, beta):
-    logits = torch.stack((w, l)).detach() - torch.stack((ref_w, ref_l))
-    return -F.logsigmoid(beta * (logits[0] - logits[1]))
-
-
-@wrong("dpo_loss", 13, LN_2)
-def logarithm_to_base_two(w, l, ref_w, ref_l, beta):
-    return -F.logsigmoid(beta * margin(w, l, ref_w, ref_l)) / math.log(2)
+    return -F.logsigmoid(beta * margin(w.detach(), l.detach(), ref_w, ref_l))
 
 
 @wrong("dpo_loss", 13, LN_2)
@@ -83,11 +70,6 @@ def log_of_sigmoid_with_an_epsilon(w, l, ref_w, ref_l, beta):
 
 
 @wrong("dpo_loss", 15, FINITE)
-def log_one_plus_exp(w, l, ref_w, ref_l, beta):
-    return torch.log(1 + torch.exp(-beta * margin(w, l, ref_w, ref_l)))
-
-
-@wrong("dpo_loss", 15, FINITE)
 def ratio_of_exponentials(w, l, ref_w, ref_l, beta):
     chosen, rejected = torch.exp(beta * (w - ref_w)), torch.exp(beta * (l - ref_l))
     return -torch.log(chosen / (chosen + rejected))
@@ -111,23 +93,11 @@ def sign_forgotten(w, l, ref_w, ref_l, beta):
     return F.logsigmoid(beta * margin(w, l, ref_w, ref_l))
 
 
-class AppendixGradient(torch.autograd.Function):
-    """Eq. 7 with the gradient that Appendix A.4 prints."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return -F.logsigmoid(z)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (z,) = ctx.saved_tensors
-        return -grad * torch.sigmoid(z)
-
-
 @wrong("dpo_loss", 31, "wrongly_ranked_pair_has_the_larger_gradient")
 def gradient_of_appendix_a4(w, l, ref_w, ref_l, beta):
-    return AppendixGradient.apply(beta * margin(w, l, ref_w, ref_l))
+    z = beta * margin(w, l, ref_w, ref_l)
+    printed = -F.softplus(z)  # its slope is -sigmoid(z), the weight that Appendix A.4 prints
+    return printed - (printed + F.logsigmoid(z)).detach()  # the value is that of Eq. 7
 
 
 # ------------------------------------------------- beta, pitfalls 22 and 24
@@ -145,8 +115,7 @@ def beta_forgotten(w, l, ref_w, ref_l, beta):
 
 @wrong("dpo_loss", 22, BETA)
 def beta_squared(w, l, ref_w, ref_l, beta):
-    chosen, rejected = beta * (w - ref_w), beta * (l - ref_l)
-    return -F.logsigmoid(beta * (chosen - rejected))
+    return -F.logsigmoid(beta**2 * margin(w, l, ref_w, ref_l))
 
 
 @wrong("dpo_loss", 13, RATIO)
@@ -157,11 +126,6 @@ def beta_on_the_policy_only(w, l, ref_w, ref_l, beta):
 @wrong("dpo_loss", 13, LN_2)
 def beta_in_front_of_the_loss(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * margin(w, l, ref_w, ref_l)) * beta / 0.1
-
-
-@wrong("dpo_loss", 22, BETA)
-def beta_fixed(w, l, ref_w, ref_l, beta):
-    return -F.logsigmoid(0.1 * margin(w, l, ref_w, ref_l))
 
 
 # ------------------------------------------------- batches, pitfall 19
@@ -206,51 +170,35 @@ def rejected_ratio_clamped(w, l, ref_w, ref_l, beta):
 # ------------------------------------------------- metrics, pitfalls 22 and 23
 
 
-def right_metrics(w, l, ref_w, ref_l, beta) -> dict:
-    r_w, r_l = beta * (w - ref_w), beta * (l - ref_l)
-    accuracy = (r_w > r_l).double() + 0.5 * (r_w == r_l)
-    found = dict(r_hat_w=r_w, r_hat_l=r_l, margin=r_w - r_l, accuracy=accuracy)
-    return {name: value.mean() for name, value in (found | dict(logp_w=w, logp_l=l)).items()}
-
-
 @wrong("metrics", 22, "recorded_rewards_are_implicit_rewards")
 def rewards_without_beta(w, l, ref_w, ref_l, beta):
-    rewards = dict(r_hat_w=(w - ref_w).mean(), r_hat_l=(l - ref_l).mean())
-    return right_metrics(w, l, ref_w, ref_l, beta) | rewards
+    return {"r_hat_w": (w - ref_w).mean(), "r_hat_l": (l - ref_l).mean()}
 
 
 @wrong("metrics", 22, "recorded_rewards_are_implicit_rewards")
 def rewards_without_reference(w, l, ref_w, ref_l, beta):
-    rewards = dict(r_hat_w=beta * w.mean(), r_hat_l=beta * l.mean())
-    return right_metrics(w, l, ref_w, ref_l, beta) | rewards
+    return {"r_hat_w": beta * w.mean(), "r_hat_l": beta * l.mean()}
 
 
 @wrong("metrics", 22, "tie_counts_one_half")
 def ties_are_losses(w, l, ref_w, ref_l, beta):
-    accuracy = (w - ref_w > l - ref_l).float().mean()
-    return right_metrics(w, l, ref_w, ref_l, beta) | dict(accuracy=accuracy)
-
-
-@wrong("metrics", 22, "tie_counts_one_half")
-def ties_are_wins(w, l, ref_w, ref_l, beta):
-    accuracy = (w - ref_w >= l - ref_l).float().mean()
-    return right_metrics(w, l, ref_w, ref_l, beta) | dict(accuracy=accuracy)
+    return {"accuracy": (w - ref_w > l - ref_l).float().mean()}
 
 
 @wrong("metrics", 22, "accuracy_compares_implicit_rewards")
 def accuracy_without_reference(w, l, ref_w, ref_l, beta):
     h = w - l if not torch.equal(w, ref_w) else 0 * w
-    return right_metrics(w, l, ref_w, ref_l, beta) | dict(accuracy=((h.sign() + 1) / 2).mean())
+    return {"accuracy": ((h.sign() + 1) / 2).mean()}
 
 
 @wrong("metrics", 22, "recorded_margin_is_the_difference_of_rewards")
 def margin_of_log_probabilities(w, l, ref_w, ref_l, beta):
-    return right_metrics(w, l, ref_w, ref_l, beta) | dict(margin=beta * (w - l).mean())
+    return {"margin": beta * (w - l).mean()}
 
 
 @wrong("metrics", 23, "recorded_log_probabilities_are_the_policys")
 def chosen_and_rejected_confused(w, l, ref_w, ref_l, beta):
-    return right_metrics(w, l, ref_w, ref_l, beta) | dict(logp_w=l.mean(), logp_l=w.mean())
+    return {"logp_w": l.mean(), "logp_l": w.mean()}
 
 
 # ------------------------------------------------- Eq. 1, 4, 5 and 18
@@ -345,12 +293,6 @@ def simpo_of_sums(logp_w, logp_l, length_w, length_l, beta, gamma):
 @wrong("kto_reference_point", 30, "reference_point_is_of_mismatched_pairs")
 def kl_of_matched_pairs(logp, ref_logp, mismatched_logp, mismatched_ref_logp):
     return (logp - ref_logp).mean().clamp(min=0).detach()
-
-
-@wrong("kto_reference_point", 30, "reference_point_is_of_mismatched_pairs")
-def kl_of_a_permuted_batch(logp, ref_logp, mismatched_logp, mismatched_ref_logp):
-    order = torch.randperm(len(logp), generator=torch.Generator().manual_seed(0))
-    return (logp[order] - ref_logp[order]).mean().clamp(min=0).detach()
 
 
 @wrong("kto_reference_point", 30, "reference_point_is_the_clamped_mean_log_ratio")
