@@ -259,7 +259,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def average(runs: list):
     """The mean over runs of each number in results.json.
 
-    None where a run has no value. Of what is not a number, the first.
+    None if any run has no value. Values that are not numbers are those of the first run.
     """
     first = runs[0]
     if None in runs:

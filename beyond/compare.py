@@ -3,12 +3,12 @@
     python -m beyond.compare [train.py's flags] [--methods dpo ipo ...]
     python -m beyond.compare --summary DIR DIR ...     # table and figure over finished runs
 
-Data, pi_ref, evaluation and optimizer are train.py's, with 3,000 prompts and one epoch. Each method
-has two strengths. Methods differ in the loss, its learning rate, and for some in the pairs.
+As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per prompt and 48
+samples of pi_theta per evaluation prompt. Each method has two strengths. Methods differ in the loss, its learning rate, and for some in the pairs.
 
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
 as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
-stably with them; the methods after dpop were not tried. `held_out_loss` in results.json and
+stably with them; the methods after dpop were not run on that seed. `held_out_loss` in results.json and
 `--times` let you tune them without the true reward.
 """
 
@@ -208,8 +208,9 @@ METHODS = {
 class Config(train.Config):
     """train.py's settings with other defaults, so that all methods run in a few minutes."""
 
-    loss: str = flag("dpo")  # no flag, as the next two
+    loss: str = flag("dpo")  # no flag, as the next three
     loss_args: tuple = flag(())
+    pairs: str = flag("all")
     beta: tuple = flag(())
     sft_steps: int | None = flag(375, "fine-tuning steps", 0)
     prompts: int = flag(3_000, "prompts to collect preferences on", 8)

@@ -12,8 +12,8 @@ averages gradients over processes, so each process computes
 Samples, log-probabilities and KL are computed by sharded models in shares of prompts or rows. Each
 chunk of prompts has its own seed. So results depend on N by rounding only.
 
-What this file leaves out: sharded fine-tuning; losses that couple prompts; Muon, because AdamW and
-SGD work on sharded matrices as they are. See docs/scale.md.
+What this file leaves out: sharded fine-tuning; losses that couple prompts; Muon, which needs whole
+matrices. See docs/scale.md.
 """
 
 import contextlib

@@ -10,8 +10,8 @@ class   PPO with three reward models of the same pairs: a GPT; a bag of tokens, 
         of r*; and a bag of 8 groups of tokens, which cannot express r*. Prediction (Shi et al.
         2505.19770): relative to DPO, the second helps PPO and the third hurts it.
 
-Runs have different KLs. They are compared by the fraction of the largest gain at their own KL, the
-mean over --beta. Fractions are unknown where the optimum cannot be estimated.
+Runs have different KLs. They are compared by the fraction of the largest gain at the run's own
+KL, averaged over --beta. Fractions are unknown where the optimum cannot be estimated.
 """
 
 import sys
@@ -44,9 +44,11 @@ class Config(figure2.Config):
     """figure2.py's settings. Each --beta is used for DPO and for PPO."""
 
     beta: tuple = flag((0.75, 0.46), "KL penalties of DPO and PPO", 1e-4)
-    ppo_beta: tuple = flag(())  # no flag, as the next two
+    ppo_beta: tuple = flag(())  # no flag, as the next four
     gt_beta: tuple = flag(())
     methods: tuple = flag(())
+    epochs: int | None = flag(None)
+    reward_epochs: int = flag(3)
     sft_steps: int | None = flag(500, "fine-tuning steps", 0)
     ref_samples: int = flag(384, "samples of pi_ref per prompt", 16)
     prompts: int = flag(5_000, "prompts to collect preferences on", 8)
@@ -64,7 +66,7 @@ def counts(ids: Tensor, mask: Tensor, groups: int) -> Tensor:
 
 
 def fit_bag(preferences: Preferences, groups: int, seed: int) -> dict:
-    """Weights of the groups that minimise Eq. 2. A tenth of the prompts chooses the ridge."""
+    """Weights of the groups that minimise Eq. 2. The ridge penalty is chosen on a tenth of the prompts."""
     prompts = preferences.prompt.unique()
     prompts = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))]
     n = max(1, len(prompts) // 10)
@@ -178,7 +180,7 @@ def fractions(run: dict, method: str, n: int) -> float | None:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: the fraction of the attainable gain of each method, and its difference to DPO's.
+    """Markdown: the fraction of the attainable gain of each method, and its difference from DPO's.
 
     Mean and standard deviation over seeds. Raises BadInput if the runs are not of the same kind.
     """

@@ -63,8 +63,9 @@ WIDE = 1.6  # a factor between neighbouring KLs
 class Config(train.Config):
     """train.py's settings. --beta is the sweep of DPO."""
 
-    loss: str = flag("dpo")  # no flag
+    loss: str = flag("dpo")  # no flag, as the next two
     loss_args: tuple = flag(())
+    pairs: str = flag("all")
     beta: tuple = flag(BETAS, "DPO's KL penalties", 1e-4)
     reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1)
     sft_steps: int | None = flag(600, "fine-tuning steps", 0)
@@ -316,7 +317,7 @@ REACH = {
 
 
 def difference(run: dict, other: str, y: str, kl: float) -> float | None:
-    """DPO's value less another's at one KL, or None where one of them is not measured."""
+    """DPO's value minus another's at one KL, or None where one of them is not measured."""
     (a, a_measured), (b, b_measured) = (value_at(run, m, y, kl) for m in ("DPO", other))
     return a - b if a_measured and b_measured else None
 

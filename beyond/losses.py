@@ -313,7 +313,7 @@ def r_dpo(logps: Tensor, batch: Preferences, beta: float, alpha: float = 0.05) -
 def ld_dpo(logps: Tensor, batch: Preferences, beta: float, alpha: float = 0.5) -> PairLosses:
     """Eq. 7, where tokens beyond the shorter response's length count alpha times.  2409.06411.
 
-    This applies to pi_theta and to pi_ref, so the loss starts at ln 2, and to r_hat.
+    Tokens of pi_theta, pi_ref and r_hat are all weighted this way, so the loss starts at ln 2.
     Optimum: at alpha = 1, or if y_w and y_l have one length, this is DPO.
     """
     shorter = torch.minimum(*pair_lengths(batch))[:, None]  # (n, 1)

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum with orthogonalized updates, for the matrices of a model.
 
-It computes the same update as `torch.optim.Muon`, which uses bfloat16 on every processor. Without
-native bfloat16, PyTorch's is 42 times slower for the matrices of the IMDb model.
+It computes the same update as `torch.optim.Muon`, which uses bfloat16 on every processor and is
+very slow without native bfloat16.
 """
 
 import math

@@ -335,7 +335,7 @@ def page(out: Path, results: dict, reward: Reward | None) -> str:
         figure(frontier, out / "figure.png", f"{caption} against KL from pi_ref, for each beta."),
         tag("h2", "Results"),
         points_table(points),
-        "<p>Rewards and KL are in nats per response. The exact value is in each cell's title.</p>",
+        "<p>Rewards and KL are in nats per response. Hover over a cell to see its exact value.</p>",
         tag("h2", "Training"),
         figure(curves, out / "curves.png", "Metrics of each step, with a running mean."),
         tag("h2", "Samples"),

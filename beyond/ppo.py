@@ -221,7 +221,7 @@ def surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float)
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """The defaults are those of the toy world."""
+    """beyond/figure2.py sets its own values."""
 
     iterations: int = 60  # each samples one batch of responses
     batch_size: int = 256  # responses per iteration, of as many prompts

@@ -271,7 +271,7 @@ def finished(pi: GPT, tokens: list[bytes], temperature: float) -> dict:
 def run(imdb: Path, out: Path, settings: Settings):
     out.mkdir(parents=True, exist_ok=True)
     if not imdb.exists():
-        raise BadInput(f"{imdb}: there is no such file or folder")
+        raise BadInput(f"{imdb}: there is no such file")
     with open_user_file(imdb, "the IMDb archive"):
         reviews = read_imdb(imdb)
     tokens, corpus = prepare(training_reviews(reviews), settings, out / "corpus.pt")
@@ -295,7 +295,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("beyond.pretrain", None, __doc__, formatter_class=style)
     parser.add_argument("--imdb", type=Path, required=True, help="the IMDb archive")
     parser.add_argument("--out", type=Path, default=Path("pi_ref"), help="the output folder")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="rounded up to hundreds")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="rounded up to a multiple of 100")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     args = parser.parse_args(argv)
     settings = Settings(steps=-(-args.steps // ROUND) * ROUND, seed=args.seed)

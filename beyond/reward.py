@@ -46,7 +46,7 @@ def train_classifier(positive: list[str], negative: list[str], epochs: int = 6) 
         for rows in np.array_split(rng.permutation(len(texts)), max(1, len(texts) // 256)):
             snippets = [snippet(texts[i], rng) for i in rows]
             found = [[index[word] for word in words if word in index] for words in snippets]
-            logits = mean_weights(found, weight) + bias
+            logits = scaled_sum(found, weight) + bias
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(logits, target[rows]).backward()
             optimizer.step()
@@ -54,7 +54,7 @@ def train_classifier(positive: list[str], negative: list[str], epochs: int = 6) 
     return WordReward(dict(zip(known, weights, strict=True)), round(bias.item(), 4), True)
 
 
-def mean_weights(texts: list[list[int]], weight: Tensor) -> Tensor:
+def scaled_sum(texts: list[list[int]], weight: Tensor) -> Tensor:
     """The sum of the weights of each text's n words, divided by sqrt(n)."""
     n = torch.tensor([len(ids) for ids in texts])
     ids = torch.tensor([i for ids in texts for i in ids], dtype=torch.long)

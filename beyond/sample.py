@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     add("--seed", type=cli.at_least(0), default=0, help="random seed (0)")
     add("--temperature", type=cli.at_least(0.01), default=1.0, help="sampling temperature (1)")
     add("--device", type=cli.usable_device, default="cpu", help="cpu, cuda or mps (cpu)")
-    add("--show", action="store_true", help="show preference pair number --seed of the run")
+    add("--show", action="store_true", help="show one preference pair, chosen by --seed")
     add("--pairs", action="store_true", help="show held-out pairs with their implicit rewards")
     args = parser.parse_args(argv)
     width = shutil.get_terminal_size((120, 0)).columns

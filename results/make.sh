@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The commands behind the README's results, one after the other, without the timed runs and those with
-# AVX2 (docs/speed.md). It can be interrupted and repeated.
+# The commands behind the README's results, one after the other, except the timed runs and the
+# comparison of processors (docs/speed.md). It can be interrupted and repeated.
 # Set IMDB to the path of the archive to skip the download.
 set -euo pipefail
 cd "$(dirname "$0")/.."

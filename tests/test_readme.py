@@ -58,7 +58,7 @@ def test_tables_are_computed_from_results(dataset):
         for name in COLUMNS:
             values = [point[name] for point in points]
             known = None not in values
-            cells.append(f"{np.mean(values):.2f} ± {np.std(values):.2f}" if known else "-")
+            cells.append(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if known else "-")
         lines.append(f"| {points[0]['beta']:g} | {' | '.join(cells)} |\n")
     titles = " | ".join(page.TABLE.get(name, name) for name in COLUMNS)
     head = f"| beta | {titles} |\n{'|---' * (len(COLUMNS) + 1)}|\n"
@@ -113,7 +113,7 @@ def test_the_table_of_four_and_eight_completions_is_that_of_the_results():
             cells = []
             for name in ("reward_r2", "reward_slope", "fraction_of_optimal"):
                 values = [point[name] for point in points]
-                cells.append(f"{np.mean(values):.3f} ± {np.std(values):.3f}")
+                cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
             assert f"| {K} | {n:,.0f} | {points[0]['beta']:g} | {' | '.join(cells)} |" in text
 
 
