@@ -138,11 +138,10 @@ def toy_tokens() -> list[bytes]:
 def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
     """Reviews of the grammar: some for pi_ref, others for prompts, and others for evaluation."""
     n = sizes.reviews
-    m = sizes.reviews + 2 * sizes.prompts
+    m = n + 2 * sizes.prompts
     texts = toy_reviews(m + 4 * sizes.eval_prompts + 500, seed)
     parts = texts[:n], texts[n:m], texts[m:]
-    split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
-    return Dataset(tokens, **split, reward=WordReward(WEIGHT))
+    return make_dataset(*parts, WordReward(WEIGHT), sizes, seed, tokens)
 
 
 # -------------------------------------------------- the IMDb dataset
@@ -182,9 +181,9 @@ def load_imdb(reviews: dict, reward: Path, sizes: Sizes, seed: int, tokens) -> D
     rng.shuffle(texts)
     n = len(texts) // 10
     parts = sft_texts[: sizes.reviews], texts[n:], texts[:n]
-    split = split_reviews(load_tokenizer(tokens), *parts, sizes, seed)
     found = json.loads(reward.read_text("utf-8"))
-    return Dataset(tokens, **split, reward=WordReward(found["weight"], found["bias"], divide=True))
+    r = WordReward(found["weight"], found["bias"], divide=True)
+    return make_dataset(*parts, r, sizes, seed, tokens)
 
 
 # -------------------------------------------------- tokens, openings and prompts
@@ -207,12 +206,15 @@ def load_tokenizer(tokens: list[bytes] | None) -> tiktoken.Encoding:
     return tiktoken.Encoding("reviews", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=end)
 
 
-def split_reviews(tokenizer, sft_texts, prompt_texts, eval_texts, sizes: Sizes, seed: int) -> dict:
-    """The fields of a `Dataset`, from lists of reviews.
+def make_dataset(
+    sft_texts, prompt_texts, eval_texts, reward: Reward, sizes: Sizes, seed: int, tokens
+) -> Dataset:
+    """A dataset from three lists of reviews.
 
     Evaluation prompts are distinct, and no preferences use them. Raises ValueError if too few
     reviews fit in the context.
     """
+    tokenizer = load_tokenizer(tokens)
     rng = random.Random(seed)
     seen = set(sft_texts)
     sft = openings(sft_texts, tokenizer, sizes.context)
@@ -226,11 +228,7 @@ def split_reviews(tokenizer, sft_texts, prompt_texts, eval_texts, sizes: Sizes, 
         raise ValueError(f"too few reviews fit in --context {sizes.context}: {found}")
     if len(prompts) < sizes.prompts:
         print(f"there are only {found}")
-    return {"sft_texts": sft, "prompts": prompts[: sizes.prompts], "eval_prompts": eval_prompts}
-
-
-def token_bytes(tokenizer) -> list[bytes]:
-    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+    return Dataset(tokens, eval_prompts, sft, prompts[: sizes.prompts], reward)
 
 
 def openings(reviews: list[str], tokenizer, context: int) -> TokenLists:
@@ -239,15 +237,14 @@ def openings(reviews: list[str], tokenizer, context: int) -> TokenLists:
     A sentence ends with . ! or ? before a space or the review's end. Reviews in which no sentence
     ends between the fifth token and the context are left out.
     """
-    tokens = token_bytes(tokenizer)
     end = tokenizer.eot_token
-    closes = [re.search(rb"[.!?][\"')]*$", token) is not None for token in tokens]
     found = []
     for review in reviews:
-        ids = [*tokenizer.encode_ordinary(review[: 8 * context]), end]
-        for n in range(min(len(ids), context) - 1, 4, -1):
-            next_starts_word = ids[n] == end or tokens[ids[n]].startswith(b" ")
-            if closes[ids[n - 1]] and next_starts_word:
+        ids = [*tokenizer.encode_ordinary(review[: 8 * context]), end][:context]
+        tokens = tokenizer.decode_tokens_bytes(ids)
+        for n in range(len(ids) - 1, 4, -1):
+            closes = re.search(rb"[.!?][\"')]*$", tokens[n - 1])
+            if closes and (ids[n] == end or tokens[n].startswith(b" ")):
                 found.append([*ids[:n], end])
                 break
     return found
@@ -257,10 +254,10 @@ def cut_prompts(texts: TokenLists, tokenizer, rng: random.Random) -> TokenLists:
     """The first 2 to 8 tokens of each text, cut where a word ends. Texts without such a place are
     left out.
     """
-    starts_word = [token.startswith(b" ") for token in token_bytes(tokenizer)]
     prompts = []
     for ids in texts:
-        places = [n for n in range(2, min(9, len(ids))) if starts_word[ids[n]]]
+        tokens = tokenizer.decode_tokens_bytes(ids[:9])
+        places = [n for n in range(2, len(tokens)) if tokens[n].startswith(b" ")]
         if places:
             prompts.append(ids[: rng.choice(places)])
     return prompts

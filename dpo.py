@@ -134,22 +134,18 @@ def response_logps(pi: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sequence_kl(
-    pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Two unbiased estimates of KL(pi_theta, pi_ref), from responses sampled from pi_theta.
+def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Unbiased estimates of KL(pi_theta, pi_ref), from responses sampled from pi_theta.
 
-    The first is the log-ratio log pi_theta(y|x) / pi_ref(y|x). The second sums the KL divergence of
-    the next-token distributions along y. It is never negative and usually has less variance.
-    Sampling must be at temperature 1. ids, mask: (B, T), as in `response_logps`. Returns two
-    tensors (B,), in nats per response.
+    Each is the sum of the KL divergences of the next-token distributions along y (section 6.1). It
+    is never negative, and usually has less variance than the log-ratio log pi_theta(y|x) /
+    pi_ref(y|x). Sampling must be at temperature 1. ids, mask: (B, T), as in `response_logps`.
+    Returns (B,), in nats per response.
     """
     logp = log_softmax(pi_theta(ids[:, :-1]))  # (B, T-1, V)
     ref_logp = log_softmax(pi_ref(ids[:, :-1]))
-    log_ratio = (logp - ref_logp).gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
     token_kl = (logp.exp() * (logp - ref_logp)).sum(-1)  # (B, T-1)
-    outside = ~mask[:, 1:]
-    return log_ratio.masked_fill(outside, 0).sum(-1), token_kl.masked_fill(outside, 0).sum(-1)
+    return token_kl.masked_fill(~mask[:, 1:], 0).sum(-1)
 
 
 # ---------------------------------------------------- training
@@ -169,7 +165,7 @@ class Preferences:
     ref_logps: Tensor  # (R, T) log pi_ref(y_t | x, y_<t), 0 outside the mask
     prompt: Tensor  # (R,) the number of the row's prompt, ascending
     pairs: Tensor  # (n, 2) the rows of y_w and y_l
-    weight: Tensor  # (n,) 1, or the probability of this order of the pair
+    weight: Tensor  # (n,) in the loss: 1, or for instance the probability of this order
 
     def select(self, prompts: Tensor) -> "Preferences":
         """The preferences of these prompts, with T cut to the longest row."""

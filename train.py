@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import dpo
 from lib import cli
-from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
+from lib.checkpoint import load_gpt, to_checkpoint
 from lib.cli import flag
 from lib.evaluate import EvalConfig, evaluate_policy, make_eval_set, measure
 from lib.inference import LOCAL, collate, fast_response_logps
@@ -51,10 +51,10 @@ class Config:
     beta: tuple = flag((0.5, 1.0, 2.0), "KL penalties, one policy each", 1e-4)
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)
-    shape: tuple = flag((2, 4, 64))  # blocks, heads and width of a model with random weights
+    shape: tuple = (2, 4, 64)  # blocks, heads and width of a model with random weights
     reviews: int = flag(12_000, "reviews to fine-tune pi_ref on", 1)
     sft_steps: int | None = flag(300, "fine-tuning steps; own data: 2 epochs", 0)
-    sft_batch_size: int = flag(32)
+    sft_batch_size: int = 32
     prompts: int = flag(2_000, "prompts to collect preferences on", 1)
     completions: int = flag(8, "completions per prompt", 2)
     frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
@@ -137,8 +137,7 @@ def initial_model(cfg: Config) -> dict:
     tokens = data.toy_tokens()
     if cfg.init:
         gpt2 = import_module("beyond.gpt2")
-        is_file = Path(cfg.init).is_file()
-        found = read_checkpoint(cfg.init) if is_file else gpt2.published(cfg.init)
+        found = gpt2.load_model(cfg.init)
         if not cfg.from_scratch:
             return gpt2.resize_context(found, cfg.context)
         tokens = found["tokens"]
@@ -240,7 +239,7 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
         if look:
             look(pi_theta, pi_ref, loss, curves, steps)
         bar.set_postfix_str("loss {loss:.3f}, accuracy {accuracy:.2f}".format(**row), False)
-    return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
+    return to_checkpoint(pi_theta, reference["tokens"]) | {"curves": curves}
 
 
 # -------------------------------------------------- the experiment

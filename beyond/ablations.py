@@ -50,8 +50,8 @@ class Config(compare.Config):
 
     rounds: int = flag(8, "epochs of the studies of many epochs", 1)
     studies: tuple = flag(STUDIES, "studies to run", choices=STUDIES)
-    methods: tuple = flag(())  # no flag
-    times: float = flag(1.0)
+    methods: tuple = ()  # no flag
+    times: float = 1.0
 
 
 # ------------------------------------------------- labels of other kinds

@@ -7,10 +7,10 @@ A DPO step (forward, backward, clipping, optimizer) is timed with `dpo.response_
 `model.sample` and with `generate` of transformers. All have the same random weights and data: 96
 preferences between 4 completions of each of 16 prompts.
 
-Every repetition runs each task once, and ratios are taken within it, so that load on the machine affects
-both. The table has medians. The last column is a task's FLOPs per second, without counting
-padding, relative to a large matrix product. Dtypes that the processor does not
-support natively are skipped. OMP_NUM_THREADS sets the number of threads.
+Every repetition runs each task once, and ratios are taken within it, so that load on the machine
+affects both. The table has medians. The last column is a task's FLOPs per second, without counting
+padding, relative to a large matrix product. Dtypes that the processor does not support natively are
+skipped. OMP_NUM_THREADS sets the number of threads.
 
 TRL computes pi_ref in each step, and each completion once for each of its pairs. Here pi_ref is
 computed once, before training, and completions are shared by their pairs.

@@ -323,7 +323,7 @@ def command(
     name = prog.removesuffix(".py")
     if argv[:1] == ["--summary"]:
         return summarise(prog, [Path(folder) for folder in argv[1:]], table, draw)
-    args, cfg = cli.parse(prog, doc, settings, presets, ["--out", f"out/{name}", *argv])
+    args, cfg = cli.parse(prog, doc, settings, presets, argv, f"out/{name}")
 
     def work() -> str:
         stage = Stage(args.out)

@@ -4,12 +4,13 @@
     python -m beyond.compare --summary DIR DIR ...     # table and figure over finished runs
 
 As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per prompt and 48
-samples of pi_theta per evaluation prompt. Each method has two strengths. Methods differ in the loss, its learning rate, and for some in the pairs.
+samples of pi_theta per evaluation prompt. Each method has two strengths. Methods differ in the
+loss, its learning rate, and for some in the pairs.
 
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
 as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
-stably with them; the methods after dpop were not run on that seed. `held_out_loss` in results.json and
-`--times` let you tune them without the true reward.
+stably with them; the methods after dpop were not run on that seed. `held_out_loss` in results.json
+and `--times` let you tune them without the true reward.
 """
 
 import dataclasses
@@ -208,10 +209,10 @@ METHODS = {
 class Config(train.Config):
     """train.py's settings with other defaults, so that all methods run in a few minutes."""
 
-    loss: str = flag("dpo")  # no flag, as the next three
-    loss_args: tuple = flag(())
-    pairs: str = flag("all")
-    beta: tuple = flag(())
+    loss: str = "dpo"  # no flag, as the next three
+    loss_args: tuple = ()
+    pairs: str = "all"
+    beta: tuple = ()
     sft_steps: int | None = flag(375, "fine-tuning steps", 0)
     prompts: int = flag(3_000, "prompts to collect preferences on", 8)
     completions: int = flag(4, "completions per prompt", 2)

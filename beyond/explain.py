@@ -44,11 +44,11 @@ class Config(figure2.Config):
     """figure2.py's settings. Each --beta is used for DPO and for PPO."""
 
     beta: tuple = flag((0.75, 0.46), "KL penalties of DPO and PPO", 1e-4)
-    ppo_beta: tuple = flag(())  # no flag, as the next four
-    gt_beta: tuple = flag(())
-    methods: tuple = flag(())
-    epochs: int | None = flag(None)
-    reward_epochs: int = flag(3)
+    ppo_beta: tuple = ()  # no flag, as the next four
+    gt_beta: tuple = ()
+    methods: tuple = ()
+    epochs: int | None = None
+    reward_epochs: int = 3
     sft_steps: int | None = flag(500, "fine-tuning steps", 0)
     ref_samples: int = flag(384, "samples of pi_ref per prompt", 16)
     prompts: int = flag(5_000, "prompts to collect preferences on", 8)
@@ -66,7 +66,10 @@ def counts(ids: Tensor, mask: Tensor, groups: int) -> Tensor:
 
 
 def fit_bag(preferences: Preferences, groups: int, seed: int) -> dict:
-    """Weights of the groups that minimise Eq. 2. The ridge penalty is chosen on a tenth of the prompts."""
+    """Weights of the groups that minimise Eq. 2.
+
+    The ridge penalty is chosen on a tenth of the prompts.
+    """
     prompts = preferences.prompt.unique()
     prompts = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))]
     n = max(1, len(prompts) // 10)

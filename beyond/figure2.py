@@ -63,9 +63,9 @@ WIDE = 1.6  # a factor between neighbouring KLs
 class Config(train.Config):
     """train.py's settings. --beta is the sweep of DPO."""
 
-    loss: str = flag("dpo")  # no flag, as the next two
-    loss_args: tuple = flag(())
-    pairs: str = flag("all")
+    loss: str = "dpo"  # no flag, as the next two
+    loss_args: tuple = ()
+    pairs: str = "all"
     beta: tuple = flag(BETAS, "DPO's KL penalties", 1e-4)
     reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1)
     sft_steps: int | None = flag(600, "fine-tuning steps", 0)
@@ -206,7 +206,7 @@ def train_ppo(
         curves.append(metrics)
     if not all(p.isfinite().all() for p in pi_theta.parameters()):
         raise BadInput("PPO diverged: lower --ppo-lr")
-    return to_checkpoint(pi_theta, reference["tokens"], curves=curves)
+    return to_checkpoint(pi_theta, reference["tokens"]) | {"curves": curves}
 
 
 # ------------------------------------------------- the sweep

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from beyond.custom_model import read_checkpoint
 from lib import cli
-from lib.checkpoint import read_checkpoint, to_checkpoint
+from lib.checkpoint import to_checkpoint
 from lib.io import BadInput, atomic_write, cache_dir, file_lock, open_user_file
 from model import GPT, GPTConfig
 
@@ -282,8 +283,13 @@ def save(checkpoint: dict, path: Path):
         part.unlink(missing_ok=True)
 
 
-def published(source: str) -> dict:
-    """The checkpoint of a published model, by its name or from a folder. Raises BadInput."""
+def load_model(source: str) -> dict:
+    """The checkpoint of a file, or a published model, by its name or from a folder.
+
+    Raises BadInput.
+    """
+    if Path(source).is_file():
+        return read_checkpoint(Path(source))
     if source in PUBLISHED:
         return read_checkpoint(ensure_gpt2(source))
     if Path(source).is_dir():
@@ -319,7 +325,7 @@ def convert(source: str, out: Path | None) -> str:
     if Path(source).is_file():
         to_published(read_checkpoint(Path(source)), out)
         return f"{out}: for GPT2LMHeadModel.from_pretrained; the tokenizer is not part of it"
-    save(published(source), out)
+    save(load_model(source), out)
     return f"next: python train.py --init {out}"
 
 

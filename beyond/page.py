@@ -160,7 +160,7 @@ def command(config: dict) -> str:
         default = list(default) if isinstance(default, tuple) else default
         default = Path(default).name if field.name == "init" else default
         value = config[field.name]
-        if field.metadata["help"] and value not in (None, default):
+        if field.metadata and value not in (None, default):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)

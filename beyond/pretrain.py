@@ -29,9 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beyond.bpe import learn_tokenizer
+from beyond.custom_model import read_checkpoint
 from beyond.muon import Muon
-from data import cut_prompts, decode_rows, load_tokenizer, openings, read_imdb, token_bytes
-from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
+from data import cut_prompts, decode_rows, load_tokenizer, openings, read_imdb
+from lib.checkpoint import load_gpt, to_checkpoint
 from lib.inference import collate, compute_logps, fast_response_logps, generate
 from lib.io import BadInput, atomic_write, open_user_file
 from lib.optim import bf16_supported
@@ -85,7 +86,7 @@ def read_corpus(reviews: list[str], tokenizer: tiktoken.Encoding) -> Corpus:
     ids = np.concatenate(parts)
     review_ends = np.cumsum([len(part) for part in parts])
 
-    tokens = token_bytes(tokenizer)
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
     closes = np.array([re.search(rb"[.!?][\"')]*$", token) is not None for token in tokens])
     starts_word = np.array([token.startswith(b" ") for token in tokens])
     is_last = np.zeros(len(ids), dtype=bool)  # of a review
@@ -295,7 +296,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("beyond.pretrain", None, __doc__, formatter_class=style)
     parser.add_argument("--imdb", type=Path, required=True, help="the IMDb archive")
     parser.add_argument("--out", type=Path, default=Path("pi_ref"), help="the output folder")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="rounded up to a multiple of 100")
+    parser.add_argument(
+        "--steps", type=int, default=Settings.steps, help="rounded up to full hundreds"
+    )
     parser.add_argument("--seed", type=int, default=Settings.seed)
     args = parser.parse_args(argv)
     settings = Settings(steps=-(-args.steps // ROUND) * ROUND, seed=args.seed)

@@ -24,10 +24,11 @@ from pathlib import Path
 import tiktoken
 import torch
 
+from beyond.custom_model import read_checkpoint
 from data import WEIGHT, Reward, WordReward, decode_rows, load_tokenizer
 from dpo import dpo, response_logps
 from lib import cli
-from lib.checkpoint import load_gpt, read_checkpoint
+from lib.checkpoint import load_gpt
 from lib.inference import compute_logps
 from lib.io import BadInput, open_user_file
 from lib.stage import Stage

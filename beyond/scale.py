@@ -110,8 +110,14 @@ def communication(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> f
 
 def table(T: int) -> str:
     """A row for each model and number of GPUs."""
-    titles = ["model", "parameters, 10^9", "GPUs", "state, GB", "gathered, GB", "activations and logits, GB"]
-    titles += ["total, GB", "sent, GB", "TFLOP per pair", "pi_ref once, TFLOP per pair"]
+    titles = ["model", "parameters, 10^9", "GPUs", "state, GB", "gathered, GB"]
+    titles += [
+        "activations and logits, GB",
+        "total, GB",
+        "sent, GB",
+        "TFLOP per pair",
+        "pi_ref once, TFLOP per pair",
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, c in MODELS.items():
         for W in (1, 8, 64):

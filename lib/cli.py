@@ -38,8 +38,8 @@ def at_least(low):
     return number
 
 
-def flag(default: object, help: str = "", low: float | None = None, **how: object):
-    """A field of a settings dataclass. Without `help` it is a setting that has no flag.
+def flag(default: object, help: str, low: float | None = None, **how: object):
+    """A field of a settings dataclass that has a flag. Its metadata are arguments for argparse.
 
     low: the smallest value of a number. how: further arguments for argparse.
     """
@@ -49,11 +49,11 @@ def flag(default: object, help: str = "", low: float | None = None, **how: objec
         how["action"] = "store_true"
     if low is not None:
         how |= {"type": at_least(low), "metavar": "N"}
-    return dataclasses.field(default=default, metadata={"help": help, "how": how})
+    return dataclasses.field(default=default, metadata={"help": help, **how})
 
 
-def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
-    """The command line as a namespace, and as `settings`, a dataclass of fields made by `flag`.
+def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str], out="out"):
+    """The command line as a namespace, and as `settings`, a dataclass with fields made by `flag`.
 
     presets: for imdb and own, the defaults that differ from those of toy.
     """
@@ -66,15 +66,15 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str]):
     parser = Parser(prog, f"{prog} [flags]", doc, formatter_class=style, allow_abbrev=False)
     parser.epilog = "Defaults, in parentheses, depend on --data: try --data imdb --help."
     for field in dataclasses.fields(settings):
-        name, text = field.name, field.metadata["help"]
-        default = preset.get(name, field.default)
-        parser.set_defaults(**{name: default})
-        if text:
-            text += f" ({default})" if default else ""
-            parser.add_argument("--" + name.replace("_", "-"), help=text, **field.metadata["how"])
+        default = preset.get(field.name, field.default)
+        parser.set_defaults(**{field.name: default})
+        if field.metadata:
+            how = dict(field.metadata)
+            how["help"] += f" ({default})" if default else ""
+            parser.add_argument("--" + field.name.replace("_", "-"), **how)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda or mps")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all output (out)")
+    parser.add_argument("--out", type=Path, default=out, help=f"folder for all output ({out})")
     parser.add_argument("--debug", action="store_true", help="show the traceback of any error")
     args = parser.parse_args(argv)
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(settings)}

@@ -24,7 +24,7 @@ MIN_SAMPLE_SIZE = 40  # with a smaller effective sample size, the optimum cannot
 class EvalConfig:
     ref_samples: int  # N samples of pi_ref for each prompt
     samples: int  # M samples of pi_theta
-    completions: int  # the size of groups in which pi_ref's first 16 samples are paired
+    completions: int  # K: pi_ref's first 16 samples are paired within groups of K
     labels: str
     seed: int
 

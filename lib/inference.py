@@ -46,10 +46,8 @@ def row_lengths(mask: Tensor) -> Tensor:
 def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
     """Rows of token ids as ids and mask (R, T): padded with 0, and True from each start on."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    start = torch.tensor(starts)[:, None]  # (R, 1)
-    end = torch.tensor([len(row) for row in rows])[:, None]
-    place = torch.arange(ids.size(1))
-    return ids, (start <= place) & (place < end)
+    mask = [torch.arange(len(row)) >= start for row, start in zip(rows, starts, strict=True)]
+    return ids, pad_sequence(mask, batch_first=True)
 
 
 def by_length(function: Callable, pi: GPT, ids: Tensor, mask: Tensor, what: str) -> Tensor:
@@ -69,12 +67,12 @@ def compute_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """The second estimate of `dpo.sequence_kl` for many rows, (R,) nats, on the CPU."""
+    """`dpo.sequence_kl` of many rows, (R,) nats, on the CPU."""
 
     def kl(ids, mask):
         T = int(row_lengths(mask).max())
         batch = ids[:, :T].to(pi_ref.device), mask[:, :T].to(pi_ref.device)
-        return sequence_kl(pi_theta, pi_ref, *batch)[1]
+        return sequence_kl(pi_theta, pi_ref, *batch)
 
     return by_length(kl, pi_ref, ids, mask, "computing the KL")
 
@@ -88,7 +86,7 @@ def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: s
     rng = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
     c = pi.config
     rows = min(1024, 16 + (1 << 26) // (c.n_layer * c.context * c.n_embd))  # their cache: 512 MB
-    # A batch computes its prompts together, up to the end of the shortest.
+    # Sorted, because `sample` computes prompts together only up to the end of the shortest.
     order = torch.tensor([len(x) for x in prompts]).repeat_interleave(n).argsort(stable=True)
     batches = [
         sample(pi, [prompts[i // n] for i in batch], tokenizer.eot_token, generator=rng)

@@ -49,8 +49,7 @@ EQUIVALENT = {
     "log_softmax: torch.promote_types(logits.dtype, torch.float32)"
     " -> torch.promote_types(torch.float32, logits.dtype)",
     # The tensor has two dimensions.
-    "sequence_kl: -1 -> 1 (place 6)",
-    "sequence_kl: -1 -> 1 (place 7)",
+    "sequence_kl: -1 -> 1 (place 4)",
     "pair_logps: -1 -> 1",
     "pair_logps: -1 -> 1 (place 2)",
     # A tensor of one number is a bound of a slice.

@@ -22,8 +22,8 @@ import data
 import tiny
 import train
 from beyond.custom_data import load_pairs
+from beyond.custom_model import read_checkpoint
 from lib import cli
-from lib.checkpoint import read_checkpoint
 from lib.io import BadInput, file_lock
 from lib.stage import Stage
 from tiny import archive, lines, pairs, saved
@@ -277,11 +277,11 @@ def parsed(*argv: str) -> train.Config:
 def test_every_flag_sets_the_field_of_its_name():
     other = {str: "bt", int: 17, float: 0.5, bool: True}
     for field in dataclasses.fields(train.Config):
-        if not field.metadata["help"] or field.name in ("data", "imdb", "init"):
+        if not field.metadata or field.name in ("data", "imdb", "init"):
             continue
         default = field.default
         value = list(default[:1]) or ["x=1"] if isinstance(default, tuple) else other[type(default)]
-        if choices := field.metadata["how"].get("choices"):
+        if choices := field.metadata.get("choices"):
             value = choices[-1]
         words = value if isinstance(value, list) else () if value is True else (value,)
         cfg = parsed("--" + field.name.replace("_", "-"), *map(str, words))
@@ -320,7 +320,7 @@ def test_help_fits_on_two_screens_and_explains_every_flag(capsys, monkeypatch):
     assert stopped.value.code == 0 and len(text.splitlines()) <= 90
     for field in dataclasses.fields(train.Config):
         flag = "--" + field.name.replace("_", "-")
-        assert (f"\n  {flag}" in text) == bool(field.metadata["help"])
+        assert (f"\n  {flag}" in text) == bool(field.metadata)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")

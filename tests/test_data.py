@@ -39,7 +39,7 @@ def test_toy_tokens_are_bytes_and_the_words_of_the_grammar_and_the_end_token_is_
     tokens = data.toy_tokens()
     assert tokens[:256] == [bytes([b]) for b in range(256)]
     assert TOKENIZER.n_vocab - 1 == END == len(tokens)
-    assert data.token_bytes(TOKENIZER)[:END] == tokens
+    assert TOKENIZER.decode_tokens_bytes(range(END)) == tokens
     for review in REVIEWS:
         words = re.findall(r"[a-z]+|\.", review)
         assert len(TOKENIZER.encode_ordinary(review)) == len(words)
@@ -128,15 +128,15 @@ def test_texts_that_are_used_twice_are_kept_apart():
     """Reviews of the SFT set give no prompts, and evaluation prompts no preferences."""
     sizes = data.Sizes(prompts=1000, eval_prompts=40, context=24)
     parts = REVIEWS[:100], REVIEWS[50:200], REVIEWS[50:60] + REVIEWS[150:]
-    split = data.split_reviews(TOKENIZER, *parts, sizes, 0)
-    held_out = [tuple(x) for x in split["eval_prompts"]]
+    split = data.make_dataset(*parts, REWARD, sizes, 0, data.toy_tokens())
+    held_out = [tuple(x) for x in split.eval_prompts]
     assert len(set(held_out)) == len(held_out) == 40
-    assert not set(held_out) & set(map(tuple, split["prompts"]))
-    assert len(split["prompts"]) <= len(data.openings(REVIEWS[100:200], TOKENIZER, 24))
+    assert not set(held_out) & set(map(tuple, split.prompts))
+    assert len(split.prompts) <= len(data.openings(REVIEWS[100:200], TOKENIZER, 24))
     seen = {tuple(ids) for ids in data.openings(REVIEWS[:100], TOKENIZER, 24)}
-    assert set(map(tuple, split["sft_texts"])) == seen
+    assert set(map(tuple, split.sft_texts)) == seen
     with pytest.raises(ValueError, match="too few reviews"):
-        data.split_reviews(TOKENIZER, *parts, data.Sizes(10, 400, 24), 0)
+        data.make_dataset(*parts, REWARD, data.Sizes(10, 400, 24), 0, data.toy_tokens())
 
 
 # ------------------------------------------------- preferences

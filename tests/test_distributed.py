@@ -22,8 +22,9 @@ import data
 import dpo
 import train
 from beyond import distributed, sharded
+from beyond.custom_model import read_checkpoint
 from beyond.losses import LOSSES
-from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
+from lib.checkpoint import load_gpt, to_checkpoint
 from lib.io import BadInput
 from lib.optim import linear_warmup_decay
 from model import GPT, GPTConfig

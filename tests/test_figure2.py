@@ -16,7 +16,7 @@ from tiny import CPU, checkpoint
 
 TINY = (
     "--reviews 200 --sft-steps 8 --prompts 24 --eval-prompts 4 --batch-size 8 --ref-samples 32 "
-    "--eval-samples 4 --beta 1 --ppo-iterations 2 --ppo-batch 8 --reward-lr 1e-3 --reward-epochs 1"
+    "--eval-samples 4 --beta 1 --ppo-iterations 2 --ppo-batch 8 --reward-lr 1e-3"
 ).split()
 
 

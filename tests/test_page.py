@@ -111,7 +111,7 @@ def test_the_command_repeats_the_run(recorded, content, monkeypatch):
     monkeypatch.chdir(recorded.folder.parent)
     _, cfg = cli.parse("train.py", "", Config, PRESETS, command[2:])
     for name, field in Config.__dataclass_fields__.items():
-        if field.metadata["help"]:
+        if field.metadata:
             values = getattr(cfg, name), getattr(recorded.cfg, name)
             if name in ("data", "imdb", "init"):  # paths
                 values = (Path(str(path)).name for path in values)

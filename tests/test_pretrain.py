@@ -11,8 +11,8 @@ import data
 import tiny
 from beyond import pretrain
 from beyond.bpe import learn_tokenizer
+from beyond.custom_model import read_checkpoint
 from data import load_tokenizer, toy_reviews
-from lib.checkpoint import read_checkpoint
 from lib.io import BadInput
 from model import GPT, GPTConfig
 

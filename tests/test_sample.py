@@ -12,9 +12,10 @@ import torch
 import dpo
 import model
 from beyond import sample
+from beyond.custom_model import read_checkpoint
 from beyond.sample import Completion
 from data import decode_rows, load_tokenizer
-from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
+from lib.checkpoint import load_gpt, to_checkpoint
 from model import GPT, GPTConfig
 from tiny import CPU
 

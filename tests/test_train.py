@@ -20,7 +20,8 @@ import dpo
 import tiny
 import train
 from beyond import gpt2, page
-from lib.checkpoint import load_gpt, read_checkpoint, to_checkpoint
+from beyond.custom_model import read_checkpoint
+from lib.checkpoint import load_gpt, to_checkpoint
 from lib.io import BadInput
 from model import GPT, GPTConfig
 from tiny import CPU, ROOT, lines, pairs, saved

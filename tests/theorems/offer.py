@@ -18,7 +18,6 @@ from dpo import (  # noqa: F401  offered as they are
     optimal_policy,
     plackett_luce,
     response_logps,
-    sequence_kl,
 )
 from model import GPT, GPTConfig, sample  # noqa: F401
 
@@ -77,6 +76,13 @@ def make_reference(model: nn.Module) -> nn.Module:
 def reference_logps(reference: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
         return response_logps(reference, ids, mask)
+
+
+@torch.no_grad()
+def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tensor):
+    """The log-ratio, and the sum of the token KLs, (B,) each."""
+    logp, ref_logp = (response_logps(pi, ids, mask).sum(-1) for pi in (pi_theta, pi_ref))
+    return logp - ref_logp, dpo.sequence_kl(pi_theta, pi_ref, ids, mask)
 
 
 # ------------------------------------------------- the losses of beyond/losses.py
