@@ -52,8 +52,7 @@ def plackett_luce(r: Tensor) -> Tensor:
     """log p*(ranking | x) = sum_k [ r_k - log sum_{j >= k} exp(r_j) ].  Eq. 18.
 
     r: rewards (..., K) in nats, best response first. Returns shape (...). With K = 2 this is the
-    log of Bradley-Terry. The negative of its value at the implicit rewards is the ranking loss, Eq.
-    20.
+    log of Bradley-Terry. Minus its value at the implicit rewards is the ranking loss, Eq. 20.
     """
     log_sum_of_rest = r.flip(-1).logcumsumexp(-1).flip(-1)
     return (r - log_sum_of_rest).sum(-1)
@@ -101,10 +100,10 @@ def frontier(r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Estimate reward and KL of the optimum (Eq. 4) from N samples of pi_ref.
 
     r: (..., N) rewards of the samples in nats. beta broadcasts against it. The samples get weights
-    w_i proportional to
-    exp(r_i / beta), which sum to 1. Returns the mean reward, KL(pi_r, pi_ref) and the
-    effective sample size 1 / sum_i w_i^2, each of shape (...). The estimate is only reliable while
-    the effective sample size is large: its KL cannot exceed log N, and its reward is biased low.
+    w_i proportional to exp(r_i / beta), which sum to 1. Returns the mean reward, KL(pi_r, pi_ref)
+    and the effective sample size 1 / sum_i w_i^2, each of shape (...). The estimate is only
+    reliable while the effective sample size is large: its KL cannot exceed log N, and its reward is
+    biased low.
     """
     log_w = (r / beta).log_softmax(-1)
     w = log_w.exp()

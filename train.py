@@ -48,7 +48,7 @@ class Config:
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
     pairs: str = flag("all", "best-worst: one per prompt", choices=("all", "best-worst"))
-    beta: tuple = flag((0.5, 1.0, 2.0), "KL penalties, one policy each", 1e-4)
+    beta: tuple = flag((0.5, 1.0, 2.0), "weights of the KL penalty, one policy each", 1e-4)
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)
     shape: tuple = (2, 4, 64)  # blocks, heads and width of a model with random weights
@@ -59,7 +59,7 @@ class Config:
     completions: int = flag(8, "completions per prompt", 2)
     frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1, times beta^-1.25; tuned for sgd", 1e-12)
+    lr: float = flag(0.009, "peak learning rate at beta 1, scaled by beta^-1.25; for sgd", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own data: enough for 100 steps", 1)
     batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)

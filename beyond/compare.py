@@ -209,7 +209,7 @@ METHODS = {
 class Config(train.Config):
     """train.py's settings with other defaults, so that all methods run in a few minutes."""
 
-    loss: str = "dpo"  # no flag, as the next three
+    loss: str = "dpo"  # no flag, like the next three
     loss_args: tuple = ()
     pairs: str = "all"
     beta: tuple = ()

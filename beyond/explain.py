@@ -43,8 +43,8 @@ RIDGES = (1e-5, 1e-4, 1e-3)
 class Config(figure2.Config):
     """figure2.py's settings. Each --beta is used for DPO and for PPO."""
 
-    beta: tuple = flag((0.75, 0.46), "KL penalties of DPO and PPO", 1e-4)
-    ppo_beta: tuple = ()  # no flag, as the next four
+    beta: tuple = flag((0.75, 0.46), "weights of the KL penalty, for DPO and PPO", 1e-4)
+    ppo_beta: tuple = ()  # no flag, like the next four
     gt_beta: tuple = ()
     methods: tuple = ()
     epochs: int | None = None

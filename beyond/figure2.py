@@ -63,10 +63,10 @@ WIDE = 1.6  # a factor between neighbouring KLs
 class Config(train.Config):
     """train.py's settings. --beta is the sweep of DPO."""
 
-    loss: str = "dpo"  # no flag, as the next two
+    loss: str = "dpo"  # no flag, like the next two
     loss_args: tuple = ()
     pairs: str = "all"
-    beta: tuple = flag(BETAS, "DPO's KL penalties", 1e-4)
+    beta: tuple = flag(BETAS, "DPO's weights of the KL penalty", 1e-4)
     reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1)
     sft_steps: int | None = flag(600, "fine-tuning steps", 0)
     ref_samples: int = flag(512, "samples of pi_ref per prompt", 16)
@@ -75,8 +75,8 @@ class Config(train.Config):
     completions: int = flag(4, "completions per prompt", 2)
     batch_size: int = flag(64, "prompts per DPO step", 1)
     methods: tuple = flag(METHODS, "methods to run", choices=METHODS)
-    ppo_beta: tuple = flag(PPO_BETAS, "KL penalties of PPO", 1e-4)
-    gt_beta: tuple = flag(GT_BETAS, "KL penalties of PPO-GT", 1e-4)
+    ppo_beta: tuple = flag(PPO_BETAS, "PPO's weights of the KL penalty", 1e-4)
+    gt_beta: tuple = flag(GT_BETAS, "PPO-GT's weights of the KL penalty", 1e-4)
     ppo_iterations: int = flag(40, "PPO iterations", 1)
     ppo_batch: int = flag(256, "responses per PPO iteration", 1)
     ppo_minibatches: int = flag(2, "optimizer steps per epoch over a PPO batch", 1)
@@ -97,7 +97,7 @@ PRESETS = {
 
 
 def ppo_config(cfg: Config, beta: float) -> PPOConfig:
-    """A fixed beta in nats of r*; no target KL."""
+    """A fixed beta, in nats of the reward that PPO uses; no target KL."""
     return PPOConfig(
         iterations=cfg.ppo_iterations,
         batch_size=cfg.ppo_batch,
@@ -185,9 +185,9 @@ def train_ppo(
 ) -> dict:
     """PPO from pi_ref. Returns its checkpoint, with "curves".
 
-    make_reward: (source, reference, device) -> reward and critic. completions: ids and mask (R, T)
-    of pi_ref's. On 2,000 of them the reward is scaled to mean 0 and variance 1, and so is beta:
-    config.beta is in nats of r, as in Eq. 3.
+    make_reward: (source, reference, device) -> reward and critic. completions: ids and mask (R, T),
+    sampled from pi_ref. The reward is scaled to mean 0 and variance 1 on 2,000 of them, and beta by
+    the same factor: config.beta is in nats of r, as in Eq. 3.
     """
     pi_ref = load_gpt(reference, device).requires_grad_(False)
     end = load_tokenizer(reference["tokens"]).eot_token
@@ -262,7 +262,7 @@ def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
 
 
 def name_of(one: dict) -> str:
-    """A stage's name, for instance dpo-0.5."""
+    """A stage's name, for instance figure2-dpo-0.5."""
     method, *setting = one.values()
     return "-".join(["figure2", method.lower(), *(f"{value:g}" for value in setting)])
 
@@ -292,9 +292,9 @@ def curve(run: dict, method: str, y: str) -> list[tuple[float, float]]:
 
 
 def value_at(run: dict, method: str, y: str, kl: float) -> tuple[float | None, bool]:
-    """y of a method at this KL, and whether it is measured: not interpolated over a wide hole.
+    """y of a method at this KL, and whether it is measured: not interpolated over a wide gap.
 
-    None where no run of the method goes so far. The optimum has no holes.
+    None where no run of the method goes so far. The optimum has no gaps.
     """
     xs, ys = zip(*curve(run, method, y), strict=True)
     i = int(np.searchsorted(xs, kl))
@@ -379,7 +379,7 @@ def table(runs: list[dict]) -> str:
 
 
 def entry(runs: list[dict], method: str, y: str, kl: float) -> str:
-    """One cell; in brackets if a seed is interpolated over a wide hole."""
+    """One cell; in brackets if a seed is interpolated over a wide gap."""
     found = [value_at(run, method, y, kl) for run in runs]
     text = common.cell([value for value, _ in found], 1 if y == "length" else 2)
     return text if text == "-" or all(measured for _, measured in found) else f"[{text}]"
@@ -473,7 +473,7 @@ def draw_cost(ax, results: dict):
 
 
 def draw_methods(ax, results: dict, y: str, end: float):
-    """Each run as a point; lines join neighbours, except across a wide hole."""
+    """Each run as a point; lines join neighbours, except across a wide gap."""
     ends = []
     for method, (marker, color) in LOOK.items():
         points = [point for point in curve(results, method, y)[1:] if point[0] <= end]

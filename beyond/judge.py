@@ -4,7 +4,7 @@
 
 r* labelled the preferences, so a policy could exploit its errors. The judge is used for nothing
 else. It shares no features, tokens or training recipe with r*: it is naive Bayes on the
-presence of one to three neighbouring tokens of pi_ref's BPE, sharpened by logistic regression on
+presence of one to three neighbouring tokens of pi_ref's BPE, reweighted by logistic regression on
 the log-count ratios (NB-SVM, Wang and Manning 2012). It is trained on whole reviews and on their
 first 40 tokens, and tested on test reviews.
 

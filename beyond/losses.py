@@ -346,7 +346,7 @@ def plackett_luce(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
     place, order = lost[rows].masked_fill(~ranked, math.inf).sort(-1)
     expected = torch.arange(rows.size(1), device=rows.device)
     if (place.isfinite() & (place != expected)).any():
-        raise BadInput("the pairs of a prompt are not a ranking: label them by --labels argmax")
+        raise BadInput("the pairs of a prompt are not a ranking: label them with --labels argmax")
 
     r_hat = dpo.implicit_reward(logps.sum(-1), batch.ref_logps.sum(-1), beta)
     r_ranked = r_hat[rows].masked_fill(~ranked, -1e30).gather(-1, order)  # unranked rows last

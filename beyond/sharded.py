@@ -20,7 +20,7 @@ from lib.checkpoint import load_gpt
 from lib.io import BadInput
 from model import GPT
 
-CHUNK = 64  # prompts that are sampled together
+CHUNK = 64  # responses that are sampled together
 
 
 def shard(
@@ -98,7 +98,7 @@ class InStep:
 
 @torch.no_grad()
 def generate(pi: GPT, prompts: list[list[int]], n: int, tokenizer, seed: int, what: str):
-    """As `inference.generate`, in chunks of prompts. Each chunk has its own seed."""
+    """As `inference.generate`, in chunks of responses. Each chunk has its own seed."""
     rank, N = dist.get_rank(), dist.get_world_size()
     prompts = [x for x in prompts for _ in range(n)]
     padded = prompts + prompts[:1] * (-len(prompts) % (CHUNK * N))  # as many chunks on each

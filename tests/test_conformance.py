@@ -58,7 +58,7 @@ def test_every_statement_names_its_likely_mistake():
 
 def test_trl_conforms_but_for_ties():
     """TRL's loss, metrics and log-softmax, and a Hugging Face model  =>  only ties are counted
-    otherwise, as in results/conformance-trl.txt"""
+    differently, as in results/conformance-trl.txt"""
     pytest.importorskip("trl")
     pytest.importorskip("transformers")
     from beyond import adapters

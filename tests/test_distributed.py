@@ -139,7 +139,7 @@ def test_many_processes_compute_what_one_computes(results, case):
 
 @pytest.mark.parametrize("N", [2, 3])
 def test_memory_falls_with_the_number_of_processes(results, N):
-    """N processes  =>  each keeps about 1/N of the weights, gradients and moments, and all one.
+    """N processes  =>  each keeps about 1/N of the weights, gradients and moments; together, all.
     --replicate N  =>  each keeps all
     """
     for case in CASES[:3]:

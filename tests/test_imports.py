@@ -1,4 +1,4 @@
-"""One-way imports of the defining module, and short functions."""
+"""Imports go one way and name the defining module; functions are short."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -131,7 +131,7 @@ def test_no_check_claims_equation_21_as_printed():
 
 
 def test_a_name_keeps_one_meaning():
-    """No name is assigned in two cells, but loop variables, and the curves of a plot."""
+    """No name is assigned in two cells, except loop variables and the curves of a plot."""
     counts = Counter()
     for cell in CODE:
         instructions = dis.get_instructions(compile(cell.source, "cell", "exec"))

@@ -1,4 +1,4 @@
-"""Pretraining pi_ref: the tokenizer, the texts it sees, and its resume."""
+"""Pretraining pi_ref: the tokenizer, the texts it sees, and how a run resumes."""
 
 import math
 from itertools import compress
