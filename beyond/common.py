@@ -341,13 +341,17 @@ def command(
 
 
 def summarise(prog: str, folders: list[Path], table: Callable, draw: Callable) -> int:
-    """Print the table over finished runs, and draw their figure beside the first folder."""
+    """Print the table over finished runs, and draw their figure next to the first folder.
+
+    For results/figure2-0 it is results/figure2.png.
+    """
     try:
         if not folders:
             raise BadInput("--summary needs the folders of finished runs")
         runs = [read_results(folder, table) for folder in folders]
         print(table(runs))
-        path = folders[0].resolve().parent / f"{prog.removesuffix('.py')}.png"
+        first = folders[0].resolve()
+        path = first.with_name(f"{first.name.rstrip('-0123456789')}.png")
         draw(runs).savefig(path, dpi=110)
         print(f"see {path}", file=sys.stderr)
     except BadInput as e:

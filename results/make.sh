@@ -16,7 +16,11 @@ for seed in 0 1 2; do
     python -m beyond.compare --seed $seed --out results/compare-$seed
     python -m beyond.ablations --seed $seed --out results/ablations-$seed
     python -m beyond.figure2 --seed $seed --out results/figure2-$seed
+    for labels in bt argmax; do
+        python -m beyond.figure2 --data imdb ${IMDB:+--imdb "$IMDB"} --labels $labels --seed $seed \
+            --out results/figure2-imdb-$labels-$seed
+    done
 done
-for name in figure2 explain compare ablations; do   # the tables of results/$name.md, and results/$name.png
-    python -m beyond.$name --summary results/$name-[0-9]
+for name in figure2 figure2-imdb-bt figure2-imdb-argmax explain compare ablations; do
+    python -m beyond.${name%%-*} --summary results/$name-[0-9]   # the tables of results/$name.md, and $name.png
 done
