@@ -11,6 +11,7 @@ pi_ref, in nats. P(positive) is the mean of sigmoid(r*).
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -288,9 +289,9 @@ def draw_optimum(ax, results: dict, y: str, right: float):
     ax.plot(*np.transpose(reliable), color="0.3", lw=2.5)
     if end < right:
         ax.axvspan(end, right, color="0.94", zorder=0)
-        style = {"color": "0.5", "fontsize": "small"}
-        text = " the optimum cannot be\n estimated in this region"
-        ax.text(end, 0.4, text, transform=ax.get_xaxis_transform(), **style)
+        style = {"color": "0.5", "fontsize": "small", "ha": "center"}
+        text = "the optimum cannot be\nestimated in this region"
+        ax.text((end + right) / 2, 0.25, text, transform=ax.get_xaxis_transform(), **style)
     best = [(b["kl"], b[y]) for b in results["best_of_n"]]
     ax.plot(*np.transpose(best), "s:", color="0.55", ms=3, lw=1)
     ax.plot(0, start, "D", color="#1b6ca8", zorder=3)
@@ -351,7 +352,7 @@ def summarise(prog: str, folders: list[Path], table: Callable, draw: Callable) -
         runs = [read_results(folder, table) for folder in folders]
         print(table(runs))
         first = folders[0].resolve()
-        path = first.with_name(f"{first.name.rstrip('-0123456789')}.png")
+        path = first.with_name(re.sub(r"-\d+$", "", first.name) + ".png")
         draw(runs).savefig(path, dpi=110)
         print(f"see {path}", file=sys.stderr)
     except BadInput as e:

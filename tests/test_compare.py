@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -175,11 +176,12 @@ def test_fractions_are_compared_with_dpos_over_the_strengths_that_all_seeds_have
     ]
 
 
-def test_a_summary_is_the_table_and_the_figure_over_its_folders(run, capsys):
-    folder, _ = run
-    assert compare.main(["--summary", str(folder), str(folder)]) == 0
-    assert capsys.readouterr().out.strip() == compare.table([results(folder)] * 2)
-    assert (folder.parent / "compare.png").stat().st_size > 10_000
+def test_a_summary_is_the_table_and_the_figure_over_its_folders(run, tmp_path, capsys):
+    """The figure of runs in name2-0, name2-1, ... is name2.png"""
+    folders = [shutil.copytree(run[0], tmp_path / f"name2-{i}") for i in range(2)]
+    assert compare.main(["--summary", *map(str, folders)]) == 0
+    assert capsys.readouterr().out.strip() == compare.table([results(run[0])] * 2)
+    assert (tmp_path / "name2.png").stat().st_size > 10_000
 
 
 def test_figures_over_seeds_show_means():
