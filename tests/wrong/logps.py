@@ -9,16 +9,16 @@ SUM = "log_probability_is_a_sum_over_tokens"
 FLOAT32 = "log_probabilities_are_float32_whatever_the_model_computes_in"
 
 
-def per_token(model, ids, seen=None):
-    """Correct: log pi of the tokens 1, 2, ..., (B, T-1). seen: what the model sees, if not ids."""
-    logits = model(ids if seen is None else seen)[:, :-1]
+def per_token(model, ids, inputs=None):
+    """Correct: log pi of the tokens 1, 2, ..., (B, T-1). inputs: the model's, by default ids."""
+    logits = model(ids if inputs is None else inputs)[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-def logp(model, ids, mask, seen=None):
+def logp(model, ids, mask, inputs=None):
     """Correct: log pi(y|x), (B,)."""
-    return (per_token(model, ids, seen) * mask[:, 1:]).sum(-1)
+    return (per_token(model, ids, inputs) * mask[:, 1:]).sum(-1)
 
 
 # ------------------------------------------------- label shift, pitfall 1
@@ -113,12 +113,12 @@ def one_prompt_length_for_the_batch(model, ids, mask):
 
 @wrong("response_logps", 4, "model_sees_prompt_and_earlier_tokens")
 def response_hidden_from_the_model(model, ids, mask):
-    return logp(model, ids, mask, seen=ids.masked_fill(mask, 0))
+    return logp(model, ids, mask, inputs=ids.masked_fill(mask, 0))
 
 
 @wrong("response_logps", 4, "model_sees_prompt_and_earlier_tokens")
 def prompt_hidden_from_the_model(model, ids, mask):
-    return logp(model, ids, mask, seen=ids * mask)
+    return logp(model, ids, mask, inputs=ids * mask)
 
 
 # ------------------------------------------------- end token, pitfall 10
