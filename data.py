@@ -64,7 +64,7 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WordReward:
-    """r*: the sum of the weights of a text's words; other words have weight 0.
+    """r*: the sum of the weights of a text's words. A word without a weight counts 0.
 
     For IMDb, the sum over the n known words is divided by sqrt(n), and a bias is added.
     """
@@ -136,7 +136,7 @@ def toy_tokens() -> list[bytes]:
 
 
 def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
-    """Reviews of the grammar: some for pi_ref, others for prompts, and others for evaluation."""
+    """Reviews from the grammar: some for pi_ref, others for prompts, and others for evaluation."""
     n = sizes.reviews
     m = n + 2 * sizes.prompts
     texts = toy_reviews(m + 4 * sizes.eval_prompts + 500, seed)
@@ -150,7 +150,7 @@ MEMBER = re.compile(r"((?:train|test)/(?:pos|neg|unsup))/(\d+)_\d+\.txt$")
 
 
 def read_imdb(path: Path) -> dict[str, list[str]]:
-    """The reviews of the archive, in the order of their numbers. Nothing is unpacked to disk.
+    """The reviews in the archive, in numerical order. Nothing is unpacked to disk.
 
     The keys are "train/pos", "train/neg", "train/unsup", "test/pos" and "test/neg". Raises OSError,
     ValueError, EOFError, or an error of tarfile or zlib.
@@ -162,7 +162,7 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
                 text = archive.extractfile(member).read().decode(errors="replace")
                 text = " ".join(text.replace("<br />", " ").split())
                 reviews[found[1]].append((int(found[2]), text))
-        while archive.fileobj.read(1 << 20):  # to gzip's checksum, at the end
+        while archive.fileobj.read(1 << 20):  # read on to gzip's checksum, at the end
             pass
     if len(reviews) < 5:
         raise ValueError("expected aclImdb/train/pos/0_9.txt, ...")
@@ -170,7 +170,7 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
 
 
 def load_imdb(reviews: dict, reward: Path, sizes: Sizes, seed: int, tokens) -> Dataset:
-    """Training reviews for pi_ref, and test reviews for prompts. A tenth of the latter is held out.
+    """Training reviews for pi_ref, and test reviews for prompts, a tenth of which are held out.
 
     reviews: as `read_imdb` returns them. reward: the file that beyond/reward.py writes.
     """
@@ -193,7 +193,7 @@ PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\
 
 
 def load_tokenizer(tokens: list[bytes] | None) -> tiktoken.Encoding:
-    """Byte-level BPE with these tokens, in the order they were learned, and an end token, the last.
+    """Byte-level BPE with these tokens, in the order they were learned, and, last, an end token.
 
     None stands for GPT-2's tokens, which tiktoken downloads once.
     """
@@ -227,7 +227,7 @@ def make_dataset(
     if not prompts or len(eval_prompts) < sizes.eval_prompts or (sft_texts and not sft):
         raise ValueError(f"too few reviews fit in --context {sizes.context}: {found}")
     if len(prompts) < sizes.prompts:
-        print(f"there are only {found}")
+        print(f"fewer prompts than --prompts: {found}")
     return Dataset(tokens, eval_prompts, sft, prompts[: sizes.prompts], reward)
 
 
@@ -265,7 +265,7 @@ def cut_prompts(texts: TokenLists, tokenizer, rng: random.Random) -> TokenLists:
 
 # -------------------------------------------------- preferences
 
-Completions = tuple[Tensor, Tensor, Tensor]  # ids, mask, log pi_ref (P K, T), of `model.sample`
+Completions = tuple[Tensor, Tensor, Tensor]  # ids, mask, log pi_ref (P K, T), from `model.sample`
 
 
 def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: int) -> Preferences:

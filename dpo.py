@@ -154,9 +154,10 @@ def sequence_kl(pi_theta: nn.Module, pi_ref: nn.Module, ids: Tensor, mask: Tenso
 class Preferences:
     """Completions, and n preferences between them.
 
-    Each completion is one row and is computed once, however many pairs it belongs to: four
-    completions of a prompt serve its six pairs. Both rows of a pair have the same prompt. Rows of
-    one prompt are consecutive. Prompts are numbered from 0; `select` keeps their numbers.
+    Each completion is one row, whose log-probabilities are computed once, however many pairs it
+    belongs to: four completions of a prompt serve its six pairs. Both rows of a pair have the same
+    prompt. Rows of one prompt are consecutive. Prompts are numbered from 0; `select` keeps their
+    numbers.
     """
 
     ids: Tensor  # (R, T) prompt and response, padded on the right
@@ -164,7 +165,7 @@ class Preferences:
     ref_logps: Tensor  # (R, T) log pi_ref(y_t | x, y_<t), 0 outside the mask
     prompt: Tensor  # (R,) the number of the row's prompt, ascending
     pairs: Tensor  # (n, 2) the rows of y_w and y_l
-    weight: Tensor  # (n,) in the loss: 1, or for instance the probability of this order
+    weight: Tensor  # (n,) in the loss: 1, or for instance the probability that y_w wins
 
     def select(self, prompts: Tensor) -> "Preferences":
         """The preferences of these prompts, with T cut to the longest row."""

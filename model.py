@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """pi(y_t | x, y_<t) as a transformer, initialised as GPT-2.
+    """pi(y_t | x, y_<t) as a transformer, initialised as GPT-2 is.
 
     Weights are float32. With `bf16` set, matrix products are computed in bfloat16.
     """

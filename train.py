@@ -1,6 +1,6 @@
 """The sentiment experiment of the DPO paper (section 6.1, figure 2 left), at the scale of a laptop.
 
-    reviews -> pi_ref -> completions, labelled by a known reward r* -> DPO at several beta
+    reviews -> pi_ref -> completions, labelled by a known reward r* -> DPO at several betas
             -> reward and KL of fresh samples, compared with the optimum of Eq. 4
 
 How much reward does DPO gain for each nat of KL from pi_ref, and how close is that to the best
@@ -59,7 +59,7 @@ class Config:
     completions: int = flag(8, "completions per prompt", 2)
     frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1, scaled by beta^-1.25; for sgd", 1e-12)
+    lr: float = flag(0.009, "peak learning rate at beta 1, scaled by beta^-1.25; suits sgd", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own data: enough for 100 steps", 1)
     batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
@@ -149,7 +149,8 @@ def initial_model(cfg: Config) -> dict:
 def sft_settings(cfg: Config, n: int) -> tuple[int, int, float]:
     """Steps, batch size and learning rate of fine-tuning on n texts.
 
-    If sft_steps is None: two epochs, but 50 to 2,000 steps; none on IMDb with the shipped pi_ref.
+    If sft_steps is None: two epochs, but at least 50 and at most 2,000 steps; none on IMDb with the
+    shipped pi_ref.
     """
     random = cfg.from_scratch or not cfg.init
     ready = cfg.data == "imdb" and cfg.init == PI_REF and not random

@@ -1,1 +1,1 @@
-"""What goes beyond the paper. It imports the core, which loads some of it by name."""
+"""What goes beyond the paper. Files here import the core, which loads some of them by name."""

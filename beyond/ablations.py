@@ -1,14 +1,14 @@
-"""Six ablations: a known failure of DPO, and whether the proposed fix works.
+"""Six studies, each of a known failure of DPO and of proposed fixes.
 
     python -m beyond.ablations [train.py's flags] [--studies noise certainty ...]
     python -m beyond.ablations --summary DIR DIR ...     # table and figure over finished runs
 
-    noise           a fifth of the labels is flipped            DPO, cDPO, robust DPO, IPO
+    noise           a fifth of the labels are flipped           DPO, cDPO, robust DPO, IPO
     certainty       the better response always wins             DPO, IPO
     verbosity       labels that favour length                   DPO, R-DPO, SimPO, LD-DPO
     displacement    log pi(y_w) falls while the margin grows    DPO, DPO-Positive
     epochs          many epochs on few prompts                  DPO offline, DPO online
-    coverage        responses that no pair connects             DPO, exactly, on four responses
+    coverage        responses that no pair connects             DPO, computed exactly
 
 Data, pi_ref, learning rates and evaluation are compare.py's.
 """
@@ -46,9 +46,9 @@ STUDIES = ("noise", "certainty", "verbosity", "displacement", "epochs", "coverag
 
 @dataclass(frozen=True)
 class Config(compare.Config):
-    """compare.py's settings."""
+    """compare.py's settings, and two more."""
 
-    rounds: int = flag(8, "epochs of the studies of many epochs", 1)
+    rounds: int = flag(8, "epochs of certainty, displacement and epochs", 1)
     studies: tuple = flag(STUDIES, "studies to run", choices=STUDIES)
     methods: tuple = ()  # no flag
     times: float = 1.0
@@ -71,7 +71,7 @@ def gap(values: Tensor, preferences: Preferences) -> Tensor:
 
 
 def noisy(preferences: Preferences, seed: int) -> Preferences:
-    """A fifth of the labels is flipped."""
+    """A fifth of the labels are flipped."""
     return relabel(preferences, torch.full_like(preferences.weight, 1 - FLIPPED), seed)
 
 
@@ -95,7 +95,7 @@ def verbose(preferences: Preferences, dataset: Dataset, reference: dict, seed: i
     return relabel(preferences, torch.sigmoid(gap(favoured, preferences)), seed)
 
 
-# ------------------------------------------------- studies of one run each
+# ------------------------------------------------- studies that train once per method
 
 
 def loss_and_lr(name: str, strength: int, **hyper: float) -> tuple[dpo.Loss, float]:
@@ -157,7 +157,7 @@ def train_epochs(
 ) -> dict:
     """Several epochs over the same pairs, each with its own schedule, as for fresh pairs.
 
-    Returns the checkpoint after each, and the mean change of log pi(y_w) and log pi(y_l), A and B.
+    Returns the checkpoint after each, and the mean change in log pi(y_w) and log pi(y_l), A and B.
     """
     policy, policies, A, B = reference, [], [0.0], [0.0]
     for k in range(rounds):
@@ -193,13 +193,13 @@ def train_online(
 
 
 def over_epochs(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float) -> dict:
-    """The stage of `train_epochs`."""
+    """Run `train_epochs` as a stage."""
     args = preferences, loss, common.training(e.cfg, lr), e.cfg.rounds, e.device
     return stage(name, train_epochs, e.reference, *args)
 
 
-def walks(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> dict[str, dict]:
-    """Train --rounds epochs at beta 1 on deterministic labels. Adds A and B after each epoch."""
+def run_epochs(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> dict[str, dict]:
+    """Train for --rounds epochs at beta 1 on deterministic labels. Adds A and B of each epoch."""
     args = e.preferences, e.dataset, e.reference, e.cfg.seed
     labelled = stage("certain", certain, *args)
     found = {}
@@ -211,11 +211,11 @@ def walks(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> di
 
 
 def certainty(stage: Stage, e: Experiment) -> dict[str, dict]:
-    return walks(stage, e, "certainty", {"dpo": {}, "ipo": {}})
+    return run_epochs(stage, e, "certainty", {"dpo": {}, "ipo": {}})
 
 
 def displacement(stage: Stage, e: Experiment) -> dict[str, dict]:
-    return walks(stage, e, "displacement", {"dpo": {}, "dpop": {"lam": 5.0}})
+    return run_epochs(stage, e, "displacement", {"dpo": {}, "dpop": {"lam": 5.0}})
 
 
 def epochs(stage: Stage, e: Experiment) -> dict[str, dict]:
@@ -283,7 +283,7 @@ RUN: dict[str, Callable] = {
 
 
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
-    """The studies. Returns results.json."""
+    """The studies. Returns the content of results.json."""
     e = common.prepare(cfg, stage, device)
     found = {}
     for name in (name for name in cfg.studies if name in RUN):
@@ -313,12 +313,12 @@ COLUMNS = {
 def table(runs: list[dict]) -> str:
     """Markdown: each study's runs, mean and standard deviation over seeds.
 
-    A and B are the mean changes of log pi(y_w) and log pi(y_l) on the training pairs at the end.
-    Raises BadInput if the runs are not of the same studies.
+    A and B are the mean changes in log pi(y_w) and log pi(y_l) on the training pairs at the end.
+    Raises BadInput if the runs do not have the same studies.
     """
     named = [[(p["study"], p["method"]) for p in run["points"]] for run in runs]
     if any(each != named[0] for each in named):
-        raise BadInput("these runs are not of the same studies")
+        raise BadInput("these runs do not have the same studies")
     rows = []
     for points in zip(*(run["points"] for run in runs), strict=True):
         cells = [common.cell([p[key] for p in points]) for key in COLUMNS]
@@ -380,7 +380,7 @@ def value(point: dict, metric: str) -> float | None:
 
 
 def draw(runs: list[dict]) -> Figure:
-    """One panel for each study, with its finding as title. Means over seeds; seeds are pale."""
+    """One panel for each study, with its finding as its title. Means over seeds; seeds are pale."""
     mean = common.average(runs)
     figure = Figure((12, 7.5), layout="constrained")
     axes = figure.subplots(2, 3).flat
@@ -405,7 +405,7 @@ ABOVE, BELOW = ({"xytext": (0, y), "ha": "center"} for y in (11, -12))
 
 
 def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], where: dict):
-    """Each method at (x, y), its seeds pale. where: of labels that do not fit on the right."""
+    """Each method at (x, y), its seeds pale. where: of labels, places other than on the right."""
     for name, p in points.items():
         color, fill = color_of(name), "none" if "clean" in name else None
         for seed in seeds:
@@ -423,7 +423,7 @@ def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
     found = {name: p["fraction_of_optimal"] for name, p in points.items()}
     shown = [f"{name} {x:.2f}" for name, x in found.items() if x is not None]
     lines = ", ".join(shown[:2]), ", ".join(shown[2:])
-    return "a fifth of the labels is flipped: fraction of the optimum\n" + "\n".join(lines)
+    return "a fifth of the labels are flipped: fraction of the optimum\n" + "\n".join(lines)
 
 
 def draw_certainty(ax, results: dict, points: dict, *seeds: dict) -> str:
@@ -455,8 +455,8 @@ def draw_verbosity(ax, results: dict, points: dict, *seeds: dict) -> str:
     ax.set(xlabel="length, tokens", ylabel="gain, nats")
     longer = {name: p["length"] - results["reference"]["length"] for name, p in points.items()}
     return (
-        f"labels favour length: responses of DPO are {longer['dpo']:.1f}\n"
-        f"tokens longer than pi_ref's, of R-DPO {longer['r_dpo']:.1f}"
+        f"labels favour length: DPO's responses are {longer['dpo']:.1f} tokens\n"
+        f"longer than pi_ref's, R-DPO's {longer['r_dpo']:.1f}"
     )
 
 
@@ -469,7 +469,7 @@ def draw_displacement(ax, results: dict, points: dict, *seeds: dict) -> str:
             ax.plot(p[key], style, color=color_of(name))
             common.label(ax, f"{name}, ${y}$", len(p[key]) - 1, p[key][-1])
     ax.margins(x=0.25)
-    ax.set(xlabel="epoch", ylabel=r"change of log $\pi$, nats")
+    ax.set(xlabel="epoch", ylabel=r"change in log $\pi$, nats")
     return (
         rf"log $\pi$($y_w$) changes by {points['dpo']['A'][-1]:+.2f} nats with DPO,"
         "\n"

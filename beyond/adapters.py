@@ -1,4 +1,4 @@
-"""Offers the losses of TRL and models of Hugging Face to `beyond.conformance`.
+"""Offers the losses of TRL and Hugging Face models to `beyond.conformance`.
 
     pip install trl transformers
     python -m beyond.conformance beyond.adapters
@@ -30,7 +30,7 @@ class HuggingFace(nn.Module):
 
 
 def make_model(vocab_size: int, context: int) -> nn.Module:
-    """A small GPT-2 without dropout, as TRL's trainer makes it by default."""
+    """A small GPT-2 without dropout, which TRL's trainer disables by default."""
     config = GPT2Config(
         vocab_size=vocab_size, n_positions=context, n_embd=16, n_layer=2, n_head=2,
         bos_token_id=0, eos_token_id=0,

@@ -8,11 +8,11 @@ A DPO step (forward, backward, clipping, optimizer) is timed with `dpo.response_
 preferences between 4 completions of each of 16 prompts.
 
 Every repetition runs each task once, and ratios are taken within it, so that load on the machine
-affects both. The table has medians. The last column is a task's FLOPs per second, without counting
-padding, relative to a large matrix product. Dtypes that the processor does not support natively are
-skipped. OMP_NUM_THREADS sets the number of threads.
+affects all tasks alike. The table has medians. "of matmul rate" is a task's FLOPs per second,
+without counting padding, relative to a large matrix product. Dtypes that the processor does not
+support natively are skipped. OMP_NUM_THREADS sets the number of threads.
 
-TRL computes pi_ref in each step, and each completion once for each of its pairs. Here pi_ref is
+TRL evaluates pi_ref in each step, and each completion once for each of its pairs. Here pi_ref is
 computed once, before training, and completions are shared by their pairs.
 """
 
@@ -80,12 +80,12 @@ def random_preferences(config: GPTConfig, prompts: int) -> dpo.Preferences:
 
 
 def step_flops(config: GPTConfig, batch: dpo.Preferences) -> float:
-    """FLOPs of forward and backward without padding: 3 times, for each row of t tokens,
+    """FLOPs of forward and backward without padding: 3 times the sum, over rows of t tokens, of
 
     24 L C^2 t  +  4 L C t (t + 1) / 2  +  2 C V for each token of the response.
     """
     L, C, V = config.n_layer, config.n_embd, config.vocab_size
-    t = (batch.mask * torch.arange(batch.mask.size(1))).amax(1).double()  # the last is not read
+    t = (batch.mask * torch.arange(batch.mask.size(1))).amax(1).double()  # not the last token
     blocks = 24 * L * C * C * t + 2 * L * C * t * (t + 1)
     return 3 * float(blocks.sum() + 2 * C * V * batch.mask.sum())
 
@@ -137,7 +137,7 @@ def as_gpt2(pi: GPT, folder: str):
 
 
 def their_tasks(config, batch: dpo.Preferences, prompts: list, dtype: str, folder: str):
-    """TRL's step and generate, if they are installed."""
+    """TRL's step and transformers' `generate`, where they are installed."""
     tasks, bf16 = [], dtype == "bfloat16"
     pi, end = random_gpt(config, dtype), config.vocab_size - 1
     if importlib.util.find_spec("trl"):
@@ -237,7 +237,8 @@ def measure(config: GPTConfig, prompts: int, samples: int, repetitions: int) -> 
 def summarise(tasks: list[Task], rates: np.ndarray) -> list[dict]:
     """One row for each task, from its units per second in each repetition, (repetitions, tasks).
 
-    ratio: how many times as fast as this task train.py is. share: of the rate of a matrix product.
+    ratio: train.py's rate divided by the task's. share: the task's rate divided by that of a matrix
+    product, in FLOPs.
     """
     column = {(task.what, task.who, task.dtype): rates[:, i] for i, task in enumerate(tasks)}
     rows = []

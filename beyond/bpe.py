@@ -19,7 +19,7 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> list[bytes]:
     are popped. Raises BadInput if there is no room for the 256 bytes and the end token.
     """
     if vocab_size < 257:
-        raise BadInput(f"--vocab-size {vocab_size}: needs at least 257, for all bytes and the end")
+        raise BadInput(f"--vocab-size {vocab_size}: must be at least 257 (bytes and end token)")
     word_counts = Counter(word for text in texts for word in re.findall(PIECES, text))
     words = [list(word.encode()) for word in word_counts]  # a word is a list of token ids
     counts = list(word_counts.values())

@@ -92,7 +92,7 @@ def train_on_pairs(
     lr: float,
     epochs: int | None = None,
 ) -> dict:
-    """The stage of `train.train_dpo` with any loss, from pi_ref. lr: in units of --lr."""
+    """Run `train.train_dpo` as a stage, from pi_ref, with any loss. lr: in units of --lr."""
     how = training(e.cfg, lr, epochs)
     return stage(name, train.train_dpo, e.reference, preferences, loss, how, None, e.device)
 
@@ -105,7 +105,7 @@ def training(cfg: train.Config, lr: float, epochs: int | None = None) -> train.T
 
 
 def evaluated(stage: Stage, name: str, e: Experiment, policy: dict) -> dict:
-    """The stage that evaluates a policy. At beta 1, r_hat is the change of log pi."""
+    """Evaluate a policy as a stage. At beta 1, r_hat is the change in log pi."""
     args = e.reference, e.dataset, e.eval_set, 1.0, e.ev, e.device
     return stage(f"eval-{name}", evaluate.evaluate_policy, policy, *args)["point"]
 
@@ -115,7 +115,7 @@ def kept(point: dict) -> dict:
 
 
 def subset(preferences: dpo.Preferences, prompts: Tensor) -> dpo.Preferences:
-    """The preferences of these prompts, which are numbered again from 0."""
+    """The preferences of these prompts, which are renumbered from 0."""
     some = preferences.select(prompts)
     _, number = some.prompt.unique_consecutive(return_inverse=True)
     return dataclasses.replace(some, prompt=number)

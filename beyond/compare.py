@@ -1,4 +1,4 @@
-"""Each method of beyond/ next to DPO, from one pi_ref and the same prompts: gain against KL.
+"""Each method in beyond/ compared with DPO, from one pi_ref and the same prompts: gain against KL.
 
     python -m beyond.compare [train.py's flags] [--methods dpo ipo ...]
     python -m beyond.compare --summary DIR DIR ...     # table and figure over finished runs
@@ -59,7 +59,7 @@ def as_given(round: Round) -> dpo.Preferences:
 
 
 def mismatched(round: Round) -> dpo.Preferences:
-    """One response of another prompt for each prompt, for KTO's reference point."""
+    """For each prompt, one response to another prompt, for KTO's reference point."""
     return losses.with_mismatched(round.given, round.score, random.Random(round.seed))
 
 
@@ -90,7 +90,7 @@ def iterative(round: Round) -> dpo.Preferences:
 
 
 def rso(round: Round) -> dpo.Preferences:
-    """All pairs of three samples of pi_ref, accepted of sixteen by RSO's Algorithm 1."""
+    """All pairs of three samples of pi_ref, accepted from sixteen by RSO's Algorithm 1."""
     made = pairs.generate(round.prompts, 16, round.sample, round.reward)
     accepted, r = pairs.rso(*made, round.beta, 3, random.Random(round.seed))
     preferences = label_pairs(accepted, r, "bt", round.seed)
@@ -120,19 +120,19 @@ BETA = (1.0, 0.5)
 NO_REFERENCE = ("orpo", "simpo")
 FRESH = (online, iterative, rso)
 METHODS = {
-    "dpo": Method(dpo.dpo, {"beta": BETA}, (1, 2.4), "the baseline, at two of train.py's beta"),
+    "dpo": Method(dpo.dpo, {"beta": BETA}, (1, 2.4), "the baseline, at two of train.py's betas"),
     "cdpo": Method(
         losses.cdpo,
         {"beta": BETA, "epsilon": 0.1},
         (1, 2.4),
-        "assumes a tenth of the labels is flipped; none is",
+        "assumes that a tenth of the labels are flipped; none are",
     ),
     "robust": Method(losses.robust, {"beta": BETA, "epsilon": 0.1}, (0.8, 1.9), "as cdpo"),
     "ipo": Method(
         losses.ipo,
         {"beta": (0.25, 0.125)},
         (0.12, 0.074),
-        "beta / 4: its optimum is the tilt where reward gaps are small",
+        "beta / 4: where reward gaps are small, its optimum is Eq. 4's",
     ),
     "hinge": Method(losses.hinge, {"beta": BETA}, (1, 2.4), "DPO's margin"),
     "kto": Method(
@@ -154,7 +154,7 @@ METHODS = {
         losses.sppo_hard,
         {"beta": (0.5, 0.25)},
         (0.12, 0.08),
-        "beta / 2: A - B is the tilt's where reward gaps are small",
+        "beta / 2: where reward gaps are small, A - B is as at Eq. 4's optimum",
     ),
     "sppo": Method(
         losses.sppo, {"beta": (0.25, 0.125)}, (0.1, 0.06), "beta / 4, for the same reason"
@@ -283,7 +283,7 @@ def held_out_loss(
 
 
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
-    """Each method at each strength. Returns results.json."""
+    """Each method at each strength. Returns the content of results.json."""
     e = common.prepare(cfg, stage, device)
     points = []
     for name in cfg.methods:
@@ -322,11 +322,11 @@ COLUMNS = {
 def table(runs: list[dict]) -> str:
     """Markdown: each method at each strength, and the mean fraction of each next to DPO's.
 
-    Mean and standard deviation over seeds. Raises BadInput if the runs are not of the same methods.
+    Mean and standard deviation over seeds. Raises BadInput if the methods differ.
     """
     named = [[(p["method"], p["hyper"]) for p in run["points"]] for run in runs]
     if any(each != named[0] for each in named):
-        raise BadInput("these runs are not of the same methods at the same strengths")
+        raise BadInput("these runs do not have the same methods at the same strengths")
     head = ["method", "at", *COLUMNS.values()]
     rows = [
         ["pi_ref", "", *reference_cells(runs)],
@@ -376,7 +376,7 @@ def reference_cells(runs: list[dict]) -> list[str]:
 
 
 def optimum_cells(runs: list[dict], beta: float) -> list[str]:
-    """The row of the optimum that is closest to beta."""
+    """The optimum's row whose beta is closest to this one."""
     rows = [min(run["optimum"], key=lambda row: abs(row["beta"] - beta)) for run in runs]
     if not all(row["reliable"] for row in rows):
         return ["-"] * len(COLUMNS)
@@ -393,7 +393,7 @@ def draw(runs: list[dict]) -> Figure:
     """The fraction of the attainable gain at two strengths, sorted within families of methods.
 
     The mean over seeds is labelled with its KL. Each seed is a small point. Runs whose optimum
-    cannot be estimated in some seed are left out.
+    cannot be estimated for some seed are left out.
     """
     found = with_fraction(runs)
     order = sorted(found, key=lambda name: mean_fractions(found[name]).mean())

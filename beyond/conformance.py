@@ -164,7 +164,7 @@ def pair_of_zeros() -> tuple:
 
 
 def follow_dtype(function: Callable) -> Callable:
-    """Tolerances follow the dtype: a float32 result raises the one of the current theorem."""
+    """A float32 result loosens the tolerance for the rest of the current theorem."""
     from worlds import tolerance_in_use
 
     def call(*args):
@@ -221,13 +221,13 @@ def one_per_pair(function: Callable) -> Callable:
             return losses
         tensors = [x for x in args if isinstance(x, torch.Tensor) and x.ndim > 0]
         pairs = range(len(tensors[0]))
-        single = [[x[i : i + 1] if tensor_of(x) else x for x in args] for i in pairs]
+        single = [[x[i : i + 1] if is_batch(x) else x for x in args] for i in pairs]
         return torch.stack([first(*each) for each in single])
 
     return call
 
 
-def tensor_of(x) -> bool:
+def is_batch(x) -> bool:
     return isinstance(x, torch.Tensor) and x.ndim > 0
 
 
@@ -246,7 +246,7 @@ def further_outputs(function: Callable, where: dict, example: tuple) -> dict[str
 
 
 def theorems() -> list[Callable]:
-    """All theorems that take offered functions alone, in the order of the report."""
+    """All theorems that take only offered functions, in the order of the report."""
     modules = [importlib.import_module(name) for name in THEOREMS]
     tests = [f for module in modules for key, f in vars(module).items() if key.startswith("test_")]
     return [test for test in tests if needs(test) and set(needs(test)) <= {*OFFERS, *DERIVED}]
@@ -312,7 +312,7 @@ def run(offered: dict[str, Callable]) -> list[Result]:
 
 @contextmanager
 def hypothesis_profile(examples: int, shrink: bool = True):
-    """Settings for theorems that are imported inside: reproducible, and `examples` of each."""
+    """Settings for theorems imported in the `with` block: reproducible, `examples` of each."""
     from hypothesis import HealthCheck, Phase, settings
 
     before = settings.get_current_profile_name()
@@ -397,7 +397,7 @@ def explanation(result: Result, results: list[Result], causes: list[str]) -> str
         lines.append(f"Fix: {found.fix}")
     if len(others) > 1:
         names = "; ".join(statement(other.name) for other in others if other is not result)
-        lines.append(f"Statements that fail too, usually for the same reason: {names}")
+        lines.append(f"Other statements that fail, usually for the same reason: {names}")
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines)
 
 

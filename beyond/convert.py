@@ -15,7 +15,7 @@ array, or a CSV file with a header. Each row has one of these formats:
                     prompt is a string, or instruction is a user's message
 
 Scores are rewards in nats: each pair of completions is labelled by Bradley-Terry (Eq. 1), or by
-argmax. Messages become transcripts. The prompt ends with "\\n\\nAssistant:", after the last user's
+argmax. Messages become transcripts. The prompt ends with "\\n\\nAssistant:", after the last user
 turn that both conversations share.
 """
 
@@ -111,7 +111,7 @@ def answers(row: dict) -> list[Candidate]:
 
 
 def split(chosen: str, rejected: str) -> list[Candidate]:
-    """Split two transcripts after the last turn of a user that they share."""
+    """Split two transcripts after the last user turn that they share."""
     w, l = chosen.split(ASSISTANT), rejected.split(ASSISTANT)
     n = 0  # turns that both share
     while n < min(len(w), len(l)) - 1 and w[n] == l[n]:
@@ -195,7 +195,7 @@ def convert(path: Path, labels: str, seed: int) -> tuple[list[dict], str]:
 def label(
     candidates: list[Candidate], labels: str, generator: random.Random, dropped: Counter
 ) -> Iterator[dict]:
-    """Pairs of which one response is preferred. Counts those that are dropped."""
+    """Pairs in which one response is preferred. Counts those that are dropped."""
     for prompt, y_1, y_2, gap in candidates:
         if y_1 == y_2 or (gap == 0 and labels == "argmax"):
             dropped["identical" if y_1 == y_2 else "tie"] += 1

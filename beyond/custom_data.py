@@ -1,7 +1,7 @@
 """The user's own preferences, as a dataset like the others. `train.py --data FILE` uses this.
 
-The file has any format that beyond/convert.py reads. Each row becomes pairs of a prompt, a chosen
-and a rejected response.
+The file has any format that beyond/convert.py reads. Each row becomes one or more
+pairs: a prompt, a chosen response and a rejected one.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ FEW = 30  # with fewer held-out pairs, accuracy says little
 
 
 def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) -> Dataset:
-    """A tenth of the prompts is held out. pi_ref is fine-tuned on prompt + chosen of the others.
+    """A tenth of the prompts are held out. pi_ref is fine-tuned on prompt + chosen of the others.
 
     Prompt and response are encoded separately, so that no token spans both. Responses end with the
     end token. Pairs that do not fit in the context are dropped. Raises BadInput.
@@ -47,7 +47,7 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
         print(f"{dropped} do not fit in --context {sizes.context} and are dropped")
     prompts = sorted({x for x, _, _ in pairs})
     if len(prompts) < 2:
-        raise BadInput(f"{path}: needs two different prompts that fit in --context {sizes.context}")
+        raise BadInput(f"{path}: fewer than two different prompts fit in --context {sizes.context}")
     n = min(len(prompts) - 1, max(2, math.ceil(len(prompts) / 10)))
     held_out = set(random.Random(seed).sample(prompts, n))
     train = [pair for pair in pairs if pair[0] not in held_out]
@@ -97,18 +97,18 @@ def accuracy_line(point: dict) -> str:
     p, n = point["pair_accuracy"], point["pairs"]
     low, high = wilson_interval(p, n)
     interval = f"95 % interval {low:.2f} to {high:.2f}"
-    return f"beta {point['beta']:g}: held-out accuracy {p:.2f} of {n} pairs, {interval}"
+    return f"beta {point['beta']:g}: held-out accuracy {p:.2f} on {n} pairs, {interval}"
 
 
 def wilson_interval(p: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion p that was seen in n cases (Wilson 1927)."""
+    """The 95 % interval of a proportion p observed in n cases (Wilson 1927)."""
     z2 = 1.96**2
     half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return (p + z2 / (2 * n) - half) / (1 + z2 / n), (p + z2 / (2 * n) + half) / (1 + z2 / n)
 
 
 def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device) -> str:
-    """How long training and scoring will take, judged by one step on random tokens."""
+    """How long training and scoring will take, estimated from one step on random tokens."""
     pi = load_gpt(checkpoint, device)
     ids = torch.randint(256, (8, min(pi.config.context, 256)), device=device)
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from lib.io import BadInput, open_user_file
 
 
 def load_loss(name: str, arguments: tuple[str, ...]) -> Callable:
-    """A function of (logps, batch, beta), as `dpo.dpo`, with arguments such as "epsilon=0.1".
+    """A function of (logps, batch, beta), like `dpo.dpo`, with arguments such as "epsilon=0.1".
 
     name: dpo, NAME in beyond/losses.py, or FILE.py:NAME. Raises BadInput.
     """

@@ -1,4 +1,4 @@
-"""A model from a checkpoint file, which is checked. `train.py --init FILE` uses this."""
+"""Read a checkpoint file and check it. `train.py --init FILE` uses this."""
 
 from pathlib import Path
 

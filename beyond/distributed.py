@@ -3,14 +3,14 @@
     torchrun --nproc_per_node=N -m beyond.distributed [train.py's flags] [--checkpoint-every K]
              [--checkpoint-activations] [--compile] [--replicate G] [--accumulate K]
 
-Parameters, gradients and optimizer state are sharded. Each process computes its share of a batch's
+Parameters, gradients and optimizer state are sharded. Each process handles its share of a batch's
 prompts. The batch's loss is sum_i w_i loss_i / W, where W is the weight of all its pairs. FSDP
 averages gradients over processes, so each process computes
 
     N / W sum_{i in its share} w_i loss_i
 
 Samples, log-probabilities and KL are computed by sharded models in shares of prompts or rows. Each
-chunk of prompts has its own seed. So results depend on N by rounding only.
+chunk of prompts has its own seed. So results depend on N only through rounding.
 
 What this file leaves out: sharded fine-tuning; losses that couple prompts; Muon, which needs whole
 matrices. See docs/scale.md.
@@ -52,10 +52,10 @@ OPTIMIZERS = optim.OPTIMIZERS | {"sgd": partial(torch.optim.SGD, momentum=0.9)}
 
 @dataclass(frozen=True)
 class Settings(train.Config):
-    """Those of train.py, and five that change results by rounding only."""
+    """Those of train.py, and five that change results only by rounding."""
 
     checkpoint_every: int = cli.flag(100, "DPO steps between distributed checkpoints", 1)
-    accumulate: int = cli.flag(1, "parts in which each process computes its share of a batch", 1)
+    accumulate: int = cli.flag(1, "parts into which a process splits its share of a batch", 1)
     checkpoint_activations: bool = cli.flag(False, "recompute activations in the backward pass")
     compile: bool = cli.flag(False, "compile each block with torch.compile")
     replicate: int = cli.flag(1, "copies of the sharded model, for instance one per node", 1)
@@ -69,9 +69,9 @@ Job = tuple[Settings, Path]  # and the folder of a training run's distributed ch
 
 def train_sharded(pi: GPT, preferences: dpo.Preferences, loss: dpo.Loss, optimizer,
                   batches: list[torch.Tensor], lr: float, job: Job):  # fmt: skip
-    """As `dpo.train`, for all processes, with warmup, decay and distributed checkpoints.
+    """Like `dpo.train`, for all processes, with warmup, decay and distributed checkpoints.
 
-    Yields the metrics of whole batches as floats, also those of the steps before a resumption.
+    Yields the metrics of whole batches as floats, including those of the steps before a resume.
     """
     rank, N, steps = dist.get_rank(), dist.get_world_size(), len(batches)
     if min(map(len, batches)) < N:
@@ -130,7 +130,7 @@ def load(folder: Path, pi: GPT, optimizer: torch.optim.Optimizer) -> list[dict]:
 
 def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how: train.Training,
               look: Callable[..., dict], device: torch.device, job: Job) -> dict:  # fmt: skip
-    """As `train.train_dpo`."""
+    """Like `train.train_dpo`, sharded."""
     s, _ = job
     how_sharded = s.replicate, s.checkpoint_activations, s.compile
     pi_theta, pi_ref = shard(reference, device, *how_sharded), shard(reference, device, s.replicate)

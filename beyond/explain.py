@@ -6,9 +6,9 @@
 pairs   DPO and PPO from the preferences of 200, 1,000 and 5,000 prompts. PPO's reward model is
         trained on the same pairs. Prediction (Swamy et al. 2503.01067): PPO leads when pairs are
         few, because a reward is easier to learn than the policy that is optimal for it.
-class   PPO with three reward models of the same pairs: a GPT; a bag of tokens, which is the class
-        of r*; and a bag of 8 groups of tokens, which cannot express r*. Prediction (Shi et al.
-        2505.19770): relative to DPO, the second helps PPO and the third hurts it.
+class   PPO with three reward models trained on the same pairs: a GPT; a bag of tokens, which is the
+        class of r*; and a bag of 8 groups of tokens, which cannot express r*. Prediction (Shi et
+        al. 2505.19770): relative to DPO, the second helps PPO and the third hurts it.
 
 Runs have different KLs. They are compared by the fraction of the largest gain at the run's own
 KL, averaged over --beta. Fractions are unknown where the optimum cannot be estimated.
@@ -123,7 +123,7 @@ def part(preferences: Preferences, n: int) -> Preferences:
 
 
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
-    """Both experiments. Returns results.json."""
+    """Both experiments. Returns the content of results.json."""
     e = common.prepare(cfg, stage, device)
     points = []
 
@@ -173,7 +173,7 @@ def bag_models(stage: Stage, e, some, method: str, groups, seed: int) -> tuple:
 
 
 def fractions(run: dict, method: str, n: int) -> float | None:
-    """The mean fraction of the attainable gain over beta, or None if one of them is unknown."""
+    """The mean fraction of the attainable gain over beta, or None if a fraction is unknown."""
     found = [
         p["fraction_of_optimal"]
         for p in run["points"]
@@ -185,11 +185,11 @@ def fractions(run: dict, method: str, n: int) -> float | None:
 def table(runs: list[dict]) -> str:
     """Markdown: the fraction of the attainable gain of each method, and its difference from DPO's.
 
-    Mean and standard deviation over seeds. Raises BadInput if the runs are not of the same kind.
+    Mean and standard deviation over seeds. Raises BadInput if the experiments differ.
     """
     kinds = [[(p["method"], p["prompts"], p["beta"]) for p in run["points"]] for run in runs]
     if any(kind != kinds[0] for kind in kinds):
-        raise BadInput("these runs are not of the same experiments")
+        raise BadInput("these runs do not have the same experiments")
     rows = []
     for method, n in dict.fromkeys((method, n) for method, n, _ in kinds[0]):
         own = [fractions(run, method, n) for run in runs]

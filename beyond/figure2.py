@@ -4,7 +4,7 @@
     python -m beyond.figure2 --summary DIR DIR ...     # the paper's claims, over finished runs
 
     DPO             Eq. 7, at each --beta
-    PPO             Eq. 3 with a reward model of the same pairs, at each --ppo-beta
+    PPO             Eq. 3 with a reward model trained on the same pairs, at each --ppo-beta
     PPO-GT          Eq. 3 with the true reward, at each --gt-beta
     Preferred-FT    -log pi(y_w)
     Unlikelihood    -log pi(y_w) + alpha log pi(y_l), alpha 0.05, 0.1, 0.5, 1
@@ -164,7 +164,7 @@ def reward_accuracy(
 
 
 def learned(model: dict, reference: dict, device: torch.device) -> tuple[Reward, ValueModel]:
-    """r_phi, which is also the first critic."""
+    """r_phi, which is also the initial critic."""
     r_phi = load_reward(model, reference, device)
     return ppo.reward_of(r_phi), r_phi
 
@@ -227,7 +227,7 @@ def runs_on_pairs(cfg: Config) -> list[dict]:
 
 
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
-    """All runs. Returns results.json."""
+    """All runs. Returns the content of results.json."""
     e = common.prepare(cfg, stage, device)
     points = []
     for one in runs_on_pairs(cfg):
@@ -295,7 +295,7 @@ def curve(run: dict, method: str, y: str) -> list[tuple[float, float]]:
 def value_at(run: dict, method: str, y: str, kl: float) -> tuple[float | None, bool]:
     """y of a method at this KL, and whether it is measured: not interpolated over a wide gap.
 
-    None where no run of the method goes so far. The optimum has no gaps.
+    None where no run of the method reaches this KL. The optimum has no gaps.
     """
     xs, ys = zip(*curve(run, method, y), strict=True)
     i = int(np.searchsorted(xs, kl))
@@ -312,8 +312,8 @@ CLAIMS = {  # the paper's claim: (the other method, the KLs at which DPO is comp
     "DPO gains more than PPO-GT at low KL": ("PPO-GT", (0.5, 1)),
 }
 REACH = {
-    "Preferred-FT reaches less reward than DPO": "Preferred-FT",
-    "Unlikelihood reaches less reward than DPO": "Unlikelihood",
+    "Preferred-FT gains less reward than DPO": "Preferred-FT",
+    "Unlikelihood gains less reward than DPO": "Unlikelihood",
 }
 
 
@@ -360,11 +360,11 @@ def mean_differences(runs: list[dict], other: str, kls: tuple) -> list[str]:
 def table(runs: list[dict]) -> str:
     """Markdown: gain, P(positive) and length at each KL, the claims, and each run at its end.
 
-    Mean and standard deviation over seeds. Raises BadInput if the runs are not of the same sweep.
+    Mean and standard deviation over seeds. Raises BadInput if the sweeps differ.
     """
     swept = [[name_of(setting_of(p)) for p in run["points"]] for run in runs]
     if any(each != swept[0] for each in swept) or any(r["grid"] != runs[0]["grid"] for r in runs):
-        raise BadInput("these runs are not of the same sweep")
+        raise BadInput("these runs do not have the same sweep")
     grid = runs[0]["grid"]
     methods = ("optimum", "best of N", *dict.fromkeys(p["method"] for p in runs[0]["points"]))
     tables = []
@@ -432,8 +432,8 @@ PAPER = {"DPO": [(2.5, 0.9), (5, 1.0)], "PPO": [(2, 0.53), (11, 0.92)]}  # appro
 
 
 def draw(runs: list[dict]) -> Figure:
-    """Gain against KL, for small and for all KL; P(positive), on IMDb with readings of the paper;
-    and the largest gain against the time of training. Means over seeds.
+    """Gain against KL, for small and for all KL; P(positive), on IMDb with values read from the
+    paper's figure; and the largest gain against the time of training. Means over seeds.
     """
     results = common.average(runs)
     figure = Figure((11, 9), layout="constrained")
@@ -494,7 +494,7 @@ def draw_methods(ax, results: dict, y: str, end: float):
 
 
 def draw_paper(ax):
-    """The paper's own readings, as hollow points."""
+    """Values read from the paper's figure, as hollow points."""
     for method, points in PAPER.items():
         marker, color = LOOK[method]
         ax.plot(*zip(*points, strict=True), marker, mfc="none", mec=color, ms=9)

@@ -1,4 +1,4 @@
-"""Convert GPT-2 checkpoints between the published layout and the one of this project.
+"""Convert GPT-2 checkpoints between the published layout and this project's.
 
     python -m beyond.gpt2 gpt2 --out gpt2.pt        download (once), verify and convert
     python -m beyond.gpt2 FOLDER --out gpt2.pt      config.json and model.safetensors or
@@ -7,9 +7,9 @@
 
 Then: python train.py --init gpt2.pt. The names are gpt2, gpt2-medium, gpt2-large and gpt2-xl.
 
-The environment variable HF_ENDPOINT changes the hub's address. The hub could not be reached while
-this was developed: downloading was tested only against a local server with the same layout, headers
-and failures.
+The environment variable HF_ENDPOINT changes the address of the Hugging Face hub, which could not be
+reached while this was developed: downloading was tested only against a local server with the same
+layout, headers and failures.
 
 Both layouts have the same weights, except that GPT-2 keeps the matrices of its blocks transposed.
 What this file leaves out: tokenizers (a published model uses GPT-2's encoding), and weights that
@@ -164,7 +164,7 @@ def ensure_gpt2(name: str) -> Path:
 def from_published(folder: Path) -> dict:
     """The checkpoint of a folder in the published layout.
 
-    Raises BadInput if it is not a complete GPT-2, or computes another function than model.py.
+    Raises BadInput if it is not a complete GPT-2, or computes a different function from model.py's.
     """
     with open_user_file(folder / "config.json", "a config of GPT-2"):
         found = json.loads((folder / "config.json").read_bytes())
@@ -284,7 +284,7 @@ def save(checkpoint: dict, path: Path):
 
 
 def load_model(source: str) -> dict:
-    """The checkpoint of a file, or a published model, by its name or from a folder.
+    """The checkpoint in a file, or that of a published model, given by name or as a folder.
 
     Raises BadInput.
     """

@@ -100,7 +100,7 @@ def judge(folder: Path, imdb: Path | None, samples: int) -> list[dict]:
     shared = Stage(cache_dir() / "imdb")
     tokens = load_stage(folder / "reference.pt")["tokens"]
     made = shared("judge", train_judge, load_reviews(imdb, shared), tokens)
-    about = "its accuracy is {accuracy:.3f} on test reviews, {accuracy_short:.3f} on 40 tokens"
+    about = "accuracy {accuracy:.3f} on test reviews, {accuracy_short:.3f} on their first 40 tokens"
     print("the judge:", about.format(**made))
     prompts = load_stage(folder / "dataset.pt").eval_prompts
     rows, first = [], None

@@ -125,7 +125,7 @@ def kto(
     y_w is desirable, y_l undesirable, and z_0 is `reference_point`, without gradient.
 
     Optimum: none. With z_0 fixed, and p the probability that y is desirable, the expected loss is
-    linear in s. The log-ratio goes to +inf or -inf, by the sign of p lam_D - (1 - p) lam_U.
+    linear in s. The log-ratio goes to +inf or -inf: the sign is that of p lam_D - (1 - p) lam_U.
     """
     A, B = log_ratios(logps, batch)
     z_0 = reference_point(logps, batch)
@@ -162,14 +162,14 @@ Score = Callable[[Tensor, Tensor], Tensor]  # ids, mask (B, T) -> log pi_ref (B,
 
 
 def with_mismatched(preferences: Preferences, score: Score, rng: random.Random) -> Preferences:
-    """Add one row per prompt x that no pair names: a random completion of another prompt, after x.
+    """Add a row for each prompt x, in no pair: a random completion of another prompt, after x.
 
     The completion is cut where the row would exceed T. score: log-probabilities under pi_ref, for
     instance `partial(dpo.response_logps, pi_ref)`. Raises ValueError if all prompts are the same.
     """
     rows = split_rows(preferences.ids, preferences.mask)
     if all(x == rows[0][0] for x, _ in rows):
-        raise ValueError("mismatched completions need two different prompts")
+        raise ValueError("mismatched completions need at least two different prompts")
     first = rows_of_prompts(preferences.prompt)[:, 0]  # (P,)
     ids = preferences.ids[first]
     mask = torch.zeros_like(preferences.mask[first])
@@ -185,7 +185,7 @@ def with_mismatched(preferences: Preferences, score: Score, rng: random.Random) 
 
 
 def with_samples(preferences: Preferences, sample: Sample, score: Score) -> Preferences:
-    """Add one row per prompt x that no pair names: a response that pi_theta samples for x.
+    """Add a row for each prompt x, in no pair: a response that pi_theta samples for x.
 
     sample: for instance `partial(model.sample, pi_theta, end=end)`. score: as in `with_mismatched`.
     """
@@ -263,7 +263,7 @@ def orpo(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
     supervised fine-tuning on y_w. A larger beta separates the responses more, the reverse of beta
     in Eq. 7. There is no pi_ref. r_hat is the log-odds of the geometric mean of the response's
     token probabilities.
-    Optimum: no closed form. At beta = 0, with responses of one length, the winners' frequencies.
+    Optimum: no closed form. At beta = 0 and equal lengths, the winners' frequencies.
     """
     m_w, m_l = mean_logps(logps, batch)
     r_hat_w = m_w - torch.log(-torch.expm1(m_w))
@@ -275,7 +275,7 @@ def simpo(logps: Tensor, batch: Preferences, beta: float, gamma: float = 0.5) ->
     """-log s(r_hat_w - r_hat_l - gamma), r_hat = beta m.  2405.14734.
 
     There is no pi_ref. beta multiplies a mean over tokens, so it is about |y| times DPO's.
-    Optimum at gamma = 0: m = r / beta up to a constant. With responses of one length L this is
+    Optimum at gamma = 0: m = r / beta up to a constant. With responses of the same length L this is
     DPO's optimum for a uniform pi_ref at beta / L, softmax(L r / beta).
     """
     m_w, m_l = mean_logps(logps, batch)
@@ -314,7 +314,7 @@ def ld_dpo(logps: Tensor, batch: Preferences, beta: float, alpha: float = 0.5) -
     """Eq. 7, where tokens beyond the shorter response's length count alpha times.  2409.06411.
 
     Tokens of pi_theta, pi_ref and r_hat are all weighted this way, so the loss starts at ln 2.
-    Optimum: at alpha = 1, or if y_w and y_l have one length, this is DPO.
+    Optimum: at alpha = 1, or if y_w and y_l have the same length, this is DPO.
     """
     shorter = torch.minimum(*pair_lengths(batch))[:, None]  # (n, 1)
     log_ratio = logps - batch.ref_logps

@@ -65,7 +65,7 @@ class Monitor:
         with contextlib.suppress(BadInput):  # raised by losses that take other pairs
             metrics = agreement(pi_theta, pairs.select(some), None, loss, infer)
             found = {f"held_out_{name}": value for name, value in metrics.items()}
-        n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer of longer texts
+        n = min(32, max(4, 1536 // pi_ref.config.context))  # fewer if texts are longer
         how = self.dataset, self.seed, "sampling pi_theta", infer
         (ids, mask, _), shown, values = measure(pi_theta, self.dataset.eval_prompts[:n], 1, *how)
         values["kl"] = infer.mean_kl(pi_theta, pi_ref, ids, mask)

@@ -1,8 +1,8 @@
 """The figures of a run, and one page with figures, table, settings, command and samples.
 
 `write_results` writes out/results.json after each beta; everything else comes from that file.
-train.py draws figures and page at its end, and `python -m beyond.page out` draws them again. The
-page is self-contained. In the samples, the colour of a word is its contribution in context:
+train.py draws the figures and the page at its end, and `python -m beyond.page out` redraws them.
+The page is self-contained. In the samples, the colour of a word is its contribution in context:
 r*(text) - r*(text without the word), in nats. Words that raise r* are green and underlined, and
 words that lower it are red with a dotted underline; blue and orange stand for pi_ref and pi_theta.
 """
@@ -94,7 +94,7 @@ def tag(name: str, content: str, **attributes: str) -> str:
 
 
 def figure(drawing: Figure, path: Path, caption: str) -> str:
-    """Save a drawing as a PNG, and put it in the page, which scrolls sideways if it must."""
+    """Save a drawing as a PNG. Returns it as HTML, in a box that scrolls sideways if need be."""
     drawing.savefig(path, dpi=120)
     source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     image = f'<img src="{source}" alt="{escape(caption)}">'
@@ -359,7 +359,7 @@ def page(out: Path, results: dict, reward: Reward | None) -> str:
 
 
 def is_known(point: dict) -> bool:
-    """Whether the fraction could be estimated, and not by noise alone."""
+    """Whether the fraction could be estimated, with a small standard error."""
     return bool(point.get("fraction_of_optimal")) and point["fraction_of_optimal_se"] < 0.2
 
 
@@ -436,7 +436,7 @@ def write_page(out: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("beyond.page", description="Draw table, figures and page of a run again.")
+    parser = Parser("beyond.page", description="Redraw a run's table, figures and page.")
     parser.add_argument("out", type=Path, nargs="?", default="out", help="folder of a run (out)")
     try:
         print(write_page(parser.parse_args(argv).out))

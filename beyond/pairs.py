@@ -80,7 +80,7 @@ def acceptance(r: Tensor, beta: float, r_max: Tensor | float) -> Tensor:
     Raises ValueError if r exceeds r_max.
     """
     if (r > r_max).any():
-        raise ValueError("r_max is not an upper bound of the rewards")
+        raise ValueError("r_max is not an upper bound on the rewards")
     return ((r - r_max) / beta).exp()
 
 

@@ -109,7 +109,7 @@ def fit_reward(
 ) -> tuple[ValueModel, list[dict]]:
     """Fit r_phi by Eq. 2 from pi_ref's weights, once per learning rate, with AdamW.
 
-    A tenth of the prompts is held out. Each run is evaluated on them after every quarter of an
+    A tenth of the prompts are held out. Each run is evaluated on them after every quarter of an
     epoch. batch_size counts prompts. Returns the r_phi with the best held-out accuracy, and all
     evaluations.
     """
@@ -224,7 +224,7 @@ class PPOConfig:
     """beyond/figure2.py sets its own values."""
 
     iterations: int = 60  # each samples one batch of responses
-    batch_size: int = 256  # responses per iteration, of as many prompts
+    batch_size: int = 256  # responses per iteration, one per prompt
     epochs: int = 2  # over each batch of responses
     minibatches: int = 2  # optimizer steps per epoch
     lr: float = 1e-3  # peak, of the policy

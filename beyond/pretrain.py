@@ -297,7 +297,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--imdb", type=Path, required=True, help="the IMDb archive")
     parser.add_argument("--out", type=Path, default=Path("pi_ref"), help="the output folder")
     parser.add_argument(
-        "--steps", type=int, default=Settings.steps, help="rounded up to full hundreds"
+        "--steps", type=int, default=Settings.steps, help="rounded up to a multiple of 100"
     )
     parser.add_argument("--seed", type=int, default=Settings.seed)
     args = parser.parse_args(argv)

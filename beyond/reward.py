@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         reward = train_classifier(reviews["train/pos"], reviews["train/neg"])
         found = {"accuracy": accuracy(reward, reviews), **vars(reward)}
         atomic_write(REWARD, json.dumps(found, indent=0).encode())
-        print(f"accuracy on test reviews {found['accuracy']:.4f}; {REWARD.name} is written")
+        print(f"accuracy on test reviews {found['accuracy']:.4f}; {REWARD.name} was written")
     except (BadInput, OSError) as e:
         print(f"beyond.reward: {' '.join(str(e).split())[:500]}", file=sys.stderr)
         return 2

@@ -70,7 +70,7 @@ def load_models(path: Path, device: torch.device) -> Models:
     tokens = next(iter(found.values()))["tokens"]
     for name, checkpoint in found.items():
         if checkpoint["tokens"] != tokens:
-            raise BadInput(f"{path}: {name} is left from a run with other tokens; delete its file")
+            raise BadInput(f"{path}: {name} has a different tokenizer; delete its file")
     policies = {name: load_gpt(checkpoint, device) for name, checkpoint in found.items()}
     return Models(policies, policies.get("pi_ref"), load_tokenizer(tokens), true_reward(folder))
 
@@ -171,7 +171,7 @@ def printable(text: str) -> str:
 def show_pair(path: Path, models: Models, number: int) -> str:
     """A preference pair, token by token: the tokens of the responses, under the mask, in [ ]."""
     found = load_stage(path / "preferences.pt")
-    preferences = found[0] if isinstance(found, list) else found  # own preferences: and held-out
+    preferences = found[0] if isinstance(found, list) else found  # own: a list
     rows = preferences.pairs[number % len(preferences.pairs)]
     ids, mask = preferences.ids[rows], preferences.mask[rows]
     reward = models.reward(decode_rows(ids, models.tokenizer)) if models.reward else [None] * 2

@@ -49,7 +49,7 @@ def forward_flops(c: GPTConfig, T: int) -> int:
 
 
 def training_flops(c: GPTConfig, T: int, checkpointing: bool = True) -> int:
-    """3 forward passes: the backward pass has two products for each of the forward pass.
+    """3 forward passes: the backward pass has two products for each product of the forward pass.
 
     With checkpointing, the blocks compute their forward pass once more. Not counted: attention that
     keeps no probabilities computes them again, 2 C T^2 for each block.
@@ -80,9 +80,9 @@ def sharded_state(c: GPTConfig, W: int) -> float:
 
 
 def unsharded(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> int:
-    """What is gathered at a time on W > 1 GPUs.
+    """What is gathered at any one time on W > 1 GPUs.
 
-    Parameters in bfloat16: of the unit at work and the next one, or of all units without
+    Parameters in bfloat16: of the FSDP unit in use and the next one, or of all units without
     reshard_after_forward. Gradients of one unit, in bfloat16 and in float32 to be reduced.
     """
     if W == 1:
@@ -99,7 +99,7 @@ def memory(c: GPTConfig, T: int, W: int, reshard_after_forward: bool = True) -> 
 
 
 def communication(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> float:
-    """Bytes that each GPU sends in a step, by rings: (W - 1) / W times
+    """Bytes that each GPU sends in a step, with ring collectives: (W - 1) / W times
 
     2 N to all-gather parameters in the forward pass, 2 N for the backward pass with
     reshard_after_forward, and 4 N to reduce-scatter gradients.

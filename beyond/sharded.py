@@ -1,6 +1,6 @@
 """Models that are sharded over N processes by PyTorch's FSDP2, and inference with them.
 
-A call of a sharded model waits for all processes, so all of them must make the same calls.
+A call to a sharded model waits for all processes, so all of them must make the same calls.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def gather(pi: GPT, checkpoint: dict) -> dict:
 
 
 def logps_in_parts(pi: GPT, ids: torch.Tensor, mask: torch.Tensor, parts: int) -> torch.Tensor:
-    """As `dpo.response_logps`, in parts of which one at a time has its activations in memory."""
+    """Like `dpo.response_logps`, in parts: only one part's activations are in memory at a time."""
     if parts == 1:
         return dpo.response_logps(pi, ids, mask)
     pairs = zip(ids.tensor_split(parts), mask.tensor_split(parts), strict=True)
@@ -73,7 +73,7 @@ def logps_in_parts(pi: GPT, ids: torch.Tensor, mask: torch.Tensor, parts: int) -
 class InStep:
     """A sharded model with which each process makes the same number of calls.
 
-    A call of a sharded model waits for all processes. Rows end at different times, so a process
+    A call to a sharded model waits for all processes. Rows end at different times, so a process
     that is done calls the model until it has made as many calls as sampling can take.
     """
 
@@ -98,7 +98,7 @@ class InStep:
 
 @torch.no_grad()
 def generate(pi: GPT, prompts: list[list[int]], n: int, tokenizer, seed: int, what: str):
-    """As `inference.generate`, in chunks of responses. Each chunk has its own seed."""
+    """Like `inference.generate`, in chunks of responses. Each chunk has its own seed."""
     rank, N = dist.get_rank(), dist.get_world_size()
     prompts = [x for x in prompts for _ in range(n)]
     padded = prompts + prompts[:1] * (-len(prompts) % (CHUNK * N))  # as many chunks on each

@@ -32,16 +32,16 @@ def at_least(low):
     def number(text):
         value = type(low)(text)
         if not low <= value < 2**32:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}, below {2**32}")
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g} and below {2**32}")
         return value
 
     return number
 
 
 def flag(default: object, help: str, low: float | None = None, **how: object):
-    """A field of a settings dataclass that has a flag. Its metadata are arguments for argparse.
+    """A settings field with a flag. Its metadata are arguments for argparse.
 
-    low: the smallest value of a number. how: further arguments for argparse.
+    low: the smallest value allowed, for a number. how: further arguments for argparse.
     """
     if isinstance(default, tuple):
         how["nargs"] = "+"

@@ -44,7 +44,7 @@ def row_lengths(mask: Tensor) -> Tensor:
 
 
 def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as ids and mask (R, T): padded with 0, and True from each start on."""
+    """Rows of token ids as (R, T): ids padded with 0, and a mask that is True from each start."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = [torch.arange(len(row)) >= start for row, start in zip(rows, starts, strict=True)]
     return ids, pad_sequence(mask, batch_first=True)
@@ -78,7 +78,7 @@ def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: str):
-    """n responses to each prompt: ids, mask and logps (P n, context), as `model.sample` returns.
+    """n responses to each prompt: ids, mask and logps (P n, context), as `sample` returns them.
 
     Also returns the text of each. `what` labels the progress bar, and with `seed` it seeds the
     random numbers.

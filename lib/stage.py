@@ -50,7 +50,7 @@ def stage_key(function: Callable, args: tuple) -> str:
 
 
 class Describer(pickle.Pickler):
-    """Writes a value as bytes that change when it does, with code in place of the code's name."""
+    """Pickles a value to bytes that change when it does. Code is written in place of its name."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)

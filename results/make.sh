@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The commands behind the README's results, one after the other, except the timed runs and the
-# comparison of processors (docs/speed.md). It can be interrupted and repeated.
+# Runs the commands behind the results of both READMEs, one after the other, except the timed runs and
+# the comparison of processors (docs/speed.md). It can be interrupted and run again.
 # Set IMDB to the path of the archive to skip the download.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -4,7 +4,7 @@
     python tests/mutate.py frontier      those of one function
 
 An edit changes one node of the syntax tree: an operator, a comparison, a constant, the order of
-two arguments, a keyword argument, a call, a decorator. It exchanges no text, so renaming breaks
+two arguments, a keyword argument, a call, a decorator. It replaces no text, so renaming breaks
 nothing. Each mutant runs in a forked process, in which it takes the place of the module `dpo`.
 """
 
@@ -52,7 +52,7 @@ EQUIVALENT = {
     "sequence_kl: -1 -> 1 (place 4)",
     "pair_logps: -1 -> 1",
     "pair_logps: -1 -> 1 (place 2)",
-    # A tensor of one number is a bound of a slice.
+    # A one-element tensor can be a slice bound.
     "select: int(self.mask[rows].any(0).nonzero().max()) -> self.mask[rows].any(0).nonzero().max()",
     # self.pairs[:, 1]: both rows of a pair have the same prompt.
     "select: 0 -> 1",

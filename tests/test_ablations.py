@@ -48,7 +48,7 @@ def completions() -> Preferences:
 # ------------------------------------------------- labels
 
 
-def test_a_fifth_of_the_labels_is_flipped():
+def test_a_fifth_of_the_labels_are_flipped():
     pairs = torch.tensor([[0, 1]]).repeat(20_000, 1)
     given = Preferences(*[torch.zeros(1)] * 4, pairs, torch.ones(20_000))
     flipped = ablations.noisy(given, 0).pairs[:, 0] == 1
@@ -63,7 +63,7 @@ def test_certain_labels_prefer_the_higher_reward_on_a_tenth_of_the_prompts():
 
 
 def test_verbose_labels_pay_for_length(monkeypatch):
-    """At a high price per token the longer response wins nearly always; at none, rarely."""
+    """At a high price per token the longer response wins nearly always; at none, often not."""
     given, shares = completions(), []
     for price in (0.0, 10.0):
         monkeypatch.setattr(ablations, "PER_TOKEN", price)
@@ -75,7 +75,7 @@ def test_verbose_labels_pay_for_length(monkeypatch):
 # ------------------------------------------------- the exact study
 
 
-def test_pairs_that_do_not_connect_leave_mass_where_no_reward_is():
+def test_pairs_that_do_not_connect_leave_mass_on_responses_of_low_reward():
     """Pairs of two separate sets give the right odds in each set, and the wrong mass to the sets.
 
     One more pair that connects them gives the optimum of Eq. 4.

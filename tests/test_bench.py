@@ -96,7 +96,7 @@ def test_pairs_are_those_of_completions_of_one_prompt_that_end():
     assert torch.equal(batch.ref_logps, expected)
 
 
-def test_a_wrong_flag_is_one_line(capsys):
+def test_a_wrong_flag_gives_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["--repetitions", "0"])
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: a bad input is one clear line and exit code 2, and no file is changed."""
+"""The command line: a bad input gives one clear line and exit code 2, and no file is changed."""
 
 import dataclasses
 import gzip
@@ -45,7 +45,7 @@ TOKENS = GOOD["tokens"]
 
 
 def changed(part: str, **changes) -> bytes:
-    """The good checkpoint with changes of its config or weights."""
+    """The good checkpoint with changes to its config or weights."""
     return saved(GOOD | {part: GOOD[part] | changes})
 
 
@@ -60,7 +60,7 @@ INIT = "--init bad.file --context 24".split()
 BAD_FILES = {  # flags, the content of bad.file (None: there is none), a part of the message
     "own, missing": (OWN, None, "cannot be read as a dataset"),
     "own, truncated": (OWN, lines(pairs(3))[:-20], "line 3: is not JSON"),
-    "own, one prompt": (OWN, lines(pairs(2)), "two different prompts that fit in --context 24"),
+    "own, one prompt": (OWN, lines(pairs(2)), "fewer than two different prompts"),
     "imdb, missing": (IMDB, None, "cannot be read as the IMDb archive"),
     "imdb, truncated": (IMDB, archive()[:-700], "as the IMDb archive"),
     "imdb, no reviews": (IMDB, gzip.compress(bytes(1 << 20)), "expected aclImdb/train/pos"),
@@ -128,7 +128,7 @@ def refused(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("what", BAD_FILES)
-def test_a_bad_file_is_one_line_that_names_it(what, refused):
+def test_a_bad_file_gives_one_line_that_names_it(what, refused):
     flags, content, message = BAD_FILES[what]
     bad = Path("bad.py" if flags == LOSS else "bad.file")
     if content is not None:
@@ -138,7 +138,7 @@ def test_a_bad_file_is_one_line_that_names_it(what, refused):
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_a_bad_flag_is_one_line_that_names_it(flags, refused):
+def test_a_bad_flag_gives_one_line_that_names_it(flags, refused):
     assert BAD_FLAGS[flags] in refused(flags.split())
 
 
@@ -225,7 +225,7 @@ def test_ctrl_c_keeps_finished_stages_and_exits_with_130(tmp_path, monkeypatch, 
     assert {path.name for path in Path("out").glob("*.pt")} == {"dataset.pt", "reference.pt"}
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_was_there(refused, monkeypatch, tmp_path):
+def test_a_full_disk_gives_one_line_and_keeps_what_was_there(refused, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("precious")
 

@@ -206,7 +206,7 @@ def test_figures_over_seeds_show_means():
         (ablations, "--studies some", "some"),
     ],
 )
-def test_a_bad_flag_is_one_line_and_exit_code_2(
+def test_a_bad_flag_gives_one_line_and_exit_code_2(
     command, flags, said, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -219,12 +219,12 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("content", ["", '{"points": [{}], "reference": {}}'])
-def test_other_files_are_no_results(content, tmp_path, capsys):
+def test_other_files_are_not_results(content, tmp_path, capsys):
     (tmp_path / "results.json").write_text(content)
     assert compare.main(["--summary", str(tmp_path)]) == 2
     assert "results.json" in capsys.readouterr().err
 
 
 def test_runs_of_different_methods_have_no_table():
-    with pytest.raises(BadInput, match="not of the same methods"):
+    with pytest.raises(BadInput, match="do not have the same methods"):
         compare.table([made_up(1.0, 0.5), made_up(1.0, 0.5, "ipo")])

@@ -48,7 +48,7 @@ def test_correct_implementation_passes(name):
 
 
 def test_every_statement_names_its_likely_mistake():
-    """Each theorem about an offered function has a mistake, except two that are no diagnosis"""
+    """Each theorem about an offered function names a likely mistake, except two"""
     without = [f.__name__ for f in conformance.theorems() if not hasattr(f, "mistake")]
     assert without == [
         "test_a_lower_loss_need_not_raise_the_chosen_response",

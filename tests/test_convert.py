@@ -182,7 +182,7 @@ BAD += BAD_FILES
 
 
 @pytest.mark.parametrize("content, says", BAD, ids=[says for _, says in BAD])
-def test_a_bad_file_is_one_line_that_names_the_row(content, says, tmp_path, capsys):
+def test_a_bad_file_gives_one_line_that_names_the_row(content, says, tmp_path, capsys):
     (tmp_path / "in").write_bytes(content)
     assert convert.main([str(tmp_path / "in"), str(tmp_path / "out"), "--labels", "argmax"]) == 2
     error = capsys.readouterr().err

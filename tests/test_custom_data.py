@@ -50,7 +50,7 @@ def test_prompt_and_response_are_encoded_apart(tmp_path_factory, x, y_w, y_l):
     assert sorted(both) == sorted(expected)
 
 
-def test_a_tenth_of_the_prompts_is_held_out_with_all_their_pairs(tmp_path):
+def test_a_tenth_of_the_prompts_are_held_out_with_all_their_pairs(tmp_path):
     dataset = load(tmp_path / "own.jsonl", pairs(60))
     train, held = (
         {tuple(x) for x, _, _ in encoded(part)} for part in (dataset.pairs, dataset.eval_pairs)

@@ -1,4 +1,4 @@
-"""beyond/distributed.py on 1, 2 and 3 processes of this machine equals one process without it.
+"""beyond/distributed.py on 1, 2 and 3 processes gives the same results as one process without it.
 
 With a folder as its argument, this file is the program that the processes run.
 """
@@ -35,7 +35,7 @@ CASES = [  # optimizer, dtype, and what is special
     ("sgd", torch.float32, "nothing"),
     ("adamw", torch.float64, "recompute"),  # with --accumulate 2
     ("sgd", torch.float64, "replicate"),  # --replicate N
-    ("sgd", torch.float64, "compile"),  # of two processes, one, as tracing is slow
+    ("sgd", torch.float64, "compile"),  # on only one of two processes, as tracing is slow
 ]
 BATCHES = [*map(torch.tensor, ([4, 0, 5, 2], [6, 1, 2], [3, 1, 6, 0, 5]))]  # uneven shares
 PROMPTS = [[97 + i % 26, 97 + i // 26] for i in range(250)]  # four chunks

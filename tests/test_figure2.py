@@ -63,8 +63,8 @@ def made_up(gains: dict[str, list[tuple[float, float]]]) -> dict:
     return about | {"optimum": [row, row | {"kl": 3.0, "reliable": False}], "points": points}
 
 
-def test_a_curve_joins_neighbours_and_marks_wide_holes():
-    """KL 1.3 lies between 1 and 1.6: measured. 2.8 lies between 1.6 and 4: a hole. 0.5: before 1.
+def test_a_curve_joins_neighbours_and_marks_wide_gaps():
+    """KL 1.3 lies between 1 and 1.6: measured. 2.8 lies between 1.6 and 4: a gap. 0.5: before 1.
 
     The curve is no hull, which noise would bias: it falls from 1.6 to 4.
     """
@@ -92,11 +92,11 @@ def test_claims_compare_dpo_with_another_at_equal_kl():
     p_positive = f"+0.100 [+{0.1 - half / 10:.3f}, +{0.1 + half / 10:.3f}]"
     cells = ["1.00 ± 0.10", "1.00 ± 0.10", gain, p_positive, "seen"]
     assert found["DPO's frontier lies above PPO's"] == cells
-    assert found["Preferred-FT reaches less reward than DPO"][-1] == "seen"
+    assert found["Preferred-FT gains less reward than DPO"][-1] == "seen"
     assert "DPO's frontier lies above PPO-GT's" not in found  # there is no PPO-GT
 
 
-def test_the_table_brackets_holes_and_leaves_out_what_no_run_reaches():
+def test_the_table_brackets_gaps_and_leaves_out_what_no_run_reaches():
     run = made_up({"DPO": [(0.9, 1.0), (1.9, 2.0)], "PPO": [(0.9, 1.0), (1.2, 2.0)]})
     head, _, optimum, _, dpo, ppo, *lines = figure2.table([run]).splitlines()
     assert head == "| gain, nats at a KL of | 1 | 2 |" and optimum == "| optimum | 2.00 | - |"
@@ -106,7 +106,7 @@ def test_the_table_brackets_holes_and_leaves_out_what_no_run_reaches():
         figure2.table([run, run | {"grid": [1, 3]}])
 
 
-def test_no_line_is_drawn_across_a_hole_and_the_papers_points_belong_to_imdb():
+def test_no_line_is_drawn_across_a_gap_and_the_papers_points_belong_to_imdb():
     run = made_up({"DPO": [(1.0, 1.0), (1.5, 2.0), (4.0, 3.0)]}) | {"pairs": 6}
     for data, papers in (("toy", 0), ("imdb", 2)):
         config = {"data": data, "labels": "bt", "seed": 0}

@@ -244,7 +244,7 @@ def test_a_name_is_downloaded_once_and_converted(hub, tmp_path, capsys):
         ("no checksum", None, "no checksum"),
     ],
 )
-def test_a_failed_download_is_one_line_and_can_be_repeated(
+def test_a_failed_download_gives_one_line_and_can_be_repeated(
     failure, then, says, hub, tmp_path, capsys
 ):
     """A failure => no model. After a dropped connection, the second call asks for the rest only,
@@ -273,7 +273,7 @@ class Executed:
         return Path("executed").touch, ()
 
 
-BAD = {  # what is wrong: changes of the config, the weights, what the line says
+BAD = {  # what is wrong: changes to the config, the weights, what the line says
     "another architecture": ({"model_type": "llama"}, W, "its model_type is 'llama'"),
     "exact GELU": ({"activation_function": "gelu"}, W, "only 'gelu_new' is supported"),
     "MLP width": ({"n_inner": 16}, W, "its n_inner is 16"),
@@ -306,7 +306,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_folder_that_is_not_a_gpt2_is_one_line_and_nothing_is_written(what, refused):
+def test_a_folder_that_is_not_a_gpt2_gives_one_line_and_nothing_is_written(what, refused):
     changes, weights, says = BAD[what]
     publish(Path("in"), weights, CONFIG | changes)
     if weights is None:

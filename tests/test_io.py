@@ -50,12 +50,12 @@ CONTENT = tiny.archive()
 
 class Response(io.BytesIO):
     def info(self):
-        return SimpleNamespace(get_all=lambda name: None)  # the server does not tell the length
+        return SimpleNamespace(get_all=lambda name: None)  # the server does not send the length
 
 
 @pytest.fixture
 def download(tmp_path, monkeypatch):
-    """download(content) is what load_reviews returns if content arrives, or if it is an error."""
+    """download(content) calls load_reviews on a network that delivers content, or raises it."""
 
     def download(content: bytes | Exception):
         def urlopen(*args, **kwargs):
@@ -82,7 +82,7 @@ def test_the_archive_is_downloaded_once(download, tmp_path, capsys):
 @pytest.mark.parametrize(
     "content", [CONTENT[:-1], urllib.error.URLError("no network"), ConnectionResetError("cut off")]
 )
-def test_a_download_that_fails_is_one_line_and_leaves_nothing(content, download, tmp_path):
+def test_a_download_that_fails_gives_one_line_and_leaves_nothing(content, download, tmp_path):
     with pytest.raises(BadInput, match=r"aclImdb_v1\.tar\.gz: cannot be read"):
         download(content)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -31,7 +31,7 @@ def test_the_command_line_prints_a_table_of_all_policies(imdb, monkeypatch, caps
 
 
 @pytest.mark.parametrize("name", ["toy", "empty"])
-def test_another_folder_is_one_line(name, toy, tmp_path, capsys):
+def test_another_folder_gives_one_line(name, toy, tmp_path, capsys):
     folder = {"toy": toy.folder, "empty": tmp_path}[name]
     capsys.readouterr()
     assert judge.main([str(folder)]) == 2

@@ -155,7 +155,7 @@ def test_help_is_not_a_folder(capsys):
 
 
 @pytest.mark.parametrize("found", [None, "{", '{"points": []}'])
-def test_a_folder_without_results_is_one_line(found, tmp_path, capsys):
+def test_a_folder_without_results_gives_one_line(found, tmp_path, capsys):
     if found is not None:
         (tmp_path / "results.json").write_text(found)
     assert page.main([str(tmp_path)]) == 2

@@ -69,7 +69,7 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(w, second[name]) for name, w in first.items())
 
 
-def test_a_bad_path_is_one_line(tmp_path, capsys):
+def test_a_bad_path_gives_one_line(tmp_path, capsys):
     assert pretrain.main(["--imdb", str(tmp_path / "missing"), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

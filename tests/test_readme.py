@@ -79,7 +79,7 @@ def test_the_fractions_of_dpo_and_ppo_are_those_of_their_results():
         assert all(number in text for number in re.findall(r"[+-]\d\.\d+", cell))
 
 
-def test_the_differences_to_other_losses_are_those_of_their_results():
+def test_the_differences_from_other_losses_are_those_of_their_results():
     """beyond/README.md, from results/compare.md"""
     text, found = words("beyond/README.md"), rows("results/compare.md")
     verdicts = [r for r in found if len(r) == 4 and r[3] in ("seen", "no difference seen")]
@@ -191,7 +191,7 @@ def test_readme_is_short():
     assert len(README.splitlines()) < 150
 
 
-def test_the_difference_to_ppo_is_that_of_its_results():
+def test_the_difference_from_ppo_is_that_of_its_results():
     """README.md and beyond/README.md, from results/figure2.md"""
     (row,) = [r for r in rows("results/figure2.md") if r[0] == "DPO's frontier lies above PPO's"]
     interval = row[9]

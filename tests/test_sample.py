@@ -124,7 +124,7 @@ def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
         (["toy", "the plot", "--device", "no"], "--device"),
     ],
 )
-def test_unusable_input_is_one_line(argv, says, toy, run, tmp_path, monkeypatch):
+def test_unusable_input_gives_one_line(argv, says, toy, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(toy.folder, "toy")
     for name in ("empty", "other"):

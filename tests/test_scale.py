@@ -124,7 +124,7 @@ def test_the_table_is_that_of_the_documentation(capsys):
     assert capsys.readouterr().out in (ROOT / "docs/scale.md").read_text("utf-8")
 
 
-def test_a_context_that_is_too_long_is_one_line(capsys):
+def test_a_context_that_is_too_long_gives_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         scale.main(["--tokens", "1025"])
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

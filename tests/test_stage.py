@@ -273,7 +273,7 @@ def test_different_values_have_different_keys_and_equal_ones_the_same():
     assert len(set(keys)) == len(keys) and keys == again
 
 
-def test_a_value_without_a_content_is_refused():
+def test_a_value_without_content_is_refused():
     with pytest.raises(TypeError, match="cannot pickle"):
         stage_key(dpo.dpo, ((i for i in ()),))
 

@@ -264,7 +264,7 @@ def test_nothing_is_trained_if_no_pairs_can_be_formed(here, capsys):
     assert "pairs" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_training_that_diverges_is_one_line(here, capsys):
+def test_training_that_diverges_gives_one_line(here, capsys):
     assert train.main([*FLAGS.split(), "--lr", "1e9"]) == 2
     assert "lower --lr" in capsys.readouterr().err.splitlines()[-1]
     assert not list(Path("out").glob("dpo*"))
@@ -281,7 +281,7 @@ def test_fine_tuning_weights_texts_by_their_tokens():
     assert p[[2, 3]].tolist() == pytest.approx([0.5, 0.5], abs=0.1)
 
 
-def test_no_steps_of_fine_tuning_change_nothing():
+def test_zero_steps_of_fine_tuning_change_nothing():
     found, start = train.sft(tiny.checkpoint(), [], 0, 4, 1e-2, 0, CPU), tiny.checkpoint()
     assert found["tokens"] == start["tokens"] and found["config"] == start["config"]
     assert all(torch.equal(w, start["weights"][name]) for name, w in found["weights"].items())

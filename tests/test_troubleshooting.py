@@ -21,7 +21,7 @@ def test_snippet_prints_what_the_page_says(snippet, expected):
     assert printed.getvalue() == expected
 
 
-def test_every_theorem_that_decides_exists():
+def test_every_theorem_named_on_the_page_exists():
     """`test_...` on the page  =>  a test of that name"""
     sources = "".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", PAGE))

@@ -66,7 +66,7 @@ def lines(rows: list) -> bytes:
 
 
 def archive(extra: dict[str, bytes] | None = None, kind: bytes = tarfile.REGTYPE, n: int = 240):
-    """n reviews of the grammar in the layout of IMDb's archive, and extra members of some kind."""
+    """n reviews from the grammar in the layout of IMDb's archive, and extra members of a kind."""
     reviews = data.toy_reviews(n, 5)
     members = [(name, text, kind) for name, text in (extra or {}).items()]
     for i, text in enumerate(reviews):

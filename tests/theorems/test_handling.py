@@ -53,7 +53,7 @@ def test_reference_is_frozen(make_reference):
     assert all(p.requires_grad for p in pi.parameters())
 
 
-@mistake("another log pi_ref than in training", 18, "use one function, mask and dtype for both")
+@mistake("log pi_ref is not that of training", 18, "use one function, mask and dtype for both")
 @given(seed=seeds)
 def test_reference_log_probabilities_are_the_models(reference_logps, seed):
     """log pi_ref(y|x) computed beforehand is the chain rule's.  pitfall 18"""

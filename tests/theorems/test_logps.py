@@ -41,7 +41,7 @@ import dpo
 
 
 def batch_of(prompt: int, lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Random responses of these lengths to a prompt of `prompt` tokens, and at least one padding.
+    """Random responses of these lengths to a prompt of `prompt` tokens, and some padding.
 
     The padding is the end token, and the responses have none, unless a theorem puts one there.
     """
@@ -172,7 +172,7 @@ def test_log_probability_is_a_sum_over_tokens(response_logps, batch):
 @mistake("log-softmax in low precision", 15, "logits.float().log_softmax(-1)")
 @given(seed=seeds)
 def test_log_probabilities_are_float32_whatever_the_model_computes_in(response_logps, seed):
-    """bfloat16 logits  =>  log pi(y|x) as of the same numbers in float32.  pitfall 15"""
+    """bfloat16 logits  =>  log pi(y|x) as for the same numbers in float32.  pitfall 15"""
     low = Bigram(uniform((V, V), -3.0, 3.0, seed).bfloat16())
     same = Bigram(low.logits.detach().double())
     batch = rows([0], responses([0]))
@@ -213,7 +213,7 @@ def test_prompts_of_different_lengths_share_a_batch(response_logps, seed):
     assert_same(response_logps(pi, ids, mask), [log_probability(pi, x, y) for x, y in both])
 
 
-@mistake("padding changes log pi(y|x)", 3, "the padding token and length may not matter")
+@mistake("padding changes log pi(y|x)", 3, "the padding token and length must not matter")
 def test_padding_is_invisible(response_logps):
     """More padding, or another token as padding  =>  the same log pi(y|x).  pitfalls 3, 10"""
     pi, ys = gpt(0, context=CONTEXT + 3), responses([0])

@@ -172,7 +172,7 @@ def test_gradient_tells_the_main_text_from_appendix_a4(dpo_loss, h, beta):
     assert not torch.isclose(weight.double(), appendix, atol=1e-4)
 
 
-@mistake("the gradient has a factor too many", 13, "-logsigmoid(beta * h), h through unchanged")
+@mistake("the gradient has a factor too many", 13, "-logsigmoid(beta * h), with h unchanged")
 @given(p=pairs)
 def test_gradient_is_weighted_by_the_error_of_the_implicit_reward(dpo_loss, p):
     """dL / dlog pi(y_w) = -dL / dlog pi(y_l) = -beta s(r_hat_l - r_hat_w).  Section 4's gradient"""
@@ -201,7 +201,7 @@ def test_gradient_of_a_softmax_policy_is_the_papers(dpo_loss, w):
 @mistake("an implicit reward without its beta", 22, "r_hat = beta * (logp - ref_logp)")
 @given(p=pairs)
 def test_implicit_rewards_are_beta_times_the_log_ratios(implicit_rewards, p):
-    """r_hat_w = beta log pi_theta / pi_ref (y_w), and so for y_l.  Eq. 5; pitfall 22"""
+    """r_hat_w = beta log pi_theta / pi_ref (y_w), and likewise for y_l.  Eq. 5; pitfall 22"""
     expected = p.beta * (p.logp_w - p.ref_logp_w), p.beta * (p.logp_l - p.ref_logp_l)
     assert_same(torch.stack(implicit_rewards(*p)), torch.stack(expected))
 

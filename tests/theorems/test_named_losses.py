@@ -52,7 +52,7 @@ def test_conservative_loss_is_least_at_the_logit_of_its_confidence(cdpo_loss, ep
     assert_same(torch.autograd.grad(loss, h)[0], [0.0])
 
 
-@mistake("the terms of cDPO", None, "-(1-e) log s(z) - e log s(-z)")
+@mistake("wrong terms in cDPO", None, "-(1-e) log s(z) - e log s(-z)")
 @given(h=margins, epsilon=st.just(0.0) | noises, beta=betas)
 def test_conservative_loss_is_the_mean_over_flips(cdpo_loss, h, epsilon, beta):
     """cDPO = -(1 - epsilon) log s(z) - epsilon log s(-z), which is DPO at epsilon = 0"""
@@ -94,7 +94,7 @@ def test_positive_loss_is_dpos_iff_the_chosen_response_has_not_fallen(dpop_loss,
     assert_at_most(nats(p.beta * h), found)
 
 
-@mistake("the sign of the length penalty", None, "-log s(z + alpha (|y_w| - |y_l|))")
+@mistake("wrong sign of the length penalty", None, "-log s(z + alpha (|y_w| - |y_l|))")
 @given(h=margins, beta=betas, alpha=small, w=st.integers(1, 9), l=st.integers(1, 9))
 def test_length_penalty_enters_with_the_sign_of_the_optimum(r_dpo_loss, h, beta, alpha, w, l):
     """R-DPO = -log s(z + alpha (|y_w| - |y_l|)), whose optimum is tilt(r - alpha length)"""

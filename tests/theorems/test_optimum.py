@@ -271,7 +271,7 @@ def test_two_rounds_with_a_moved_reference_are_one_round_with_the_sum(optimal_po
     assert_same(pi_2, optimal_policy(w.ref_logp, w.r + r_2, w.beta))
 
 
-@mistake("a wrong reward costs more than it may", None, "see Eq. 4")
+@mistake("a wrong reward costs more than the bound", None, "see Eq. 4")
 @given(w=worlds, seed=seeds)
 def test_regret_of_a_wrong_reward_is_at_most_twice_its_error(optimal_policy, w, seed):
     """J_r(pi_r) - J_r(pi_r') = beta KL(pi_r', pi_r) <= 2 max |r - r'|.  Eq. 4"""

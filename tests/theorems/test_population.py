@@ -171,8 +171,8 @@ def test_misspecified_class_can_prefer_the_worse_response_and_lose_reward():
 
 
 def test_minimiser_in_a_misspecified_class_depends_on_the_shares_of_pairs():
-    """Not without realisability: other shares of the same pairs => another minimiser, here with the
-    other sign; over all policies the minimiser is the same. Eq. 7"""
+    """Not without realisability: other shares of the same pairs => another minimiser, here of the
+    opposite sign; over all policies the minimiser is the same. Eq. 7"""
     assert dpo_in_class(MOSTLY_FIRST_TWO) > 0.1 and dpo_in_class(EVENLY) < -0.1
     batches = [population(UNIFORM, CLASS_WORLD.r, drawn) for drawn in (MOSTLY_FIRST_TWO, EVENLY)]
     assert_same(*(fit(batch, 1.0, UNIFORM) for batch in batches), 1e-6)
@@ -233,10 +233,10 @@ def test_deterministic_labels_have_a_finite_optimum_in_a_class_that_cannot_obey_
 
 
 @given(epsilon=st.integers(1, 9).map(lambda k: k / 20), beta=betas)
-def test_flipped_labels_are_no_bradley_terry_labels(epsilon, beta):
+def test_flipped_labels_are_not_bradley_terry_labels(epsilon, beta):
     """Labels flipped with probability epsilon, three responses => s(d) becomes (1 - 2 epsilon) s(d)
-    + epsilon, whose logits do not add up: no policy has the loss of the label entropy. Two
-    responses have one. Eq. 7"""
+    + epsilon, whose logits do not add up: no policy's loss is the label entropy. With two
+    responses, one policy's is. Eq. 7"""
     for r in number([2.0, 0.0]), number([2.0, 0.0, -1.0]):
         batch = population(0 * r, r)
         w, l = batch.pairs.T

@@ -44,7 +44,7 @@ def test_bradley_terry_ignores_a_shared_shift(bradley_terry, r, f):
     assert_same(bradley_terry((r + f)[:, None], r + f), bradley_terry(r[:, None], r))
 
 
-@mistake("the two orders do not have probability 1 together", None, "use sigmoid(r_1 - r_2)")
+@mistake("the probabilities of both orders do not sum to 1", None, "use sigmoid(r_1 - r_2)")
 @given(r=rewards)
 def test_bradley_terry_is_antisymmetric(bradley_terry, r):
     """One of the two is preferred  =>  p*(y_1 > y_2) + p*(y_2 > y_1) = 1.  Eq. 1"""
@@ -116,7 +116,7 @@ def test_equivalent_rewards_rank_alike(plackett_luce, w, f):
     assert_same(plackett_luce((w.r + f)[orders]), plackett_luce(w.r[orders]))
 
 
-@mistake("rankings do not have probability 1 together", None, "sum over k the logsumexp of j >= k")
+@mistake("probabilities of rankings do not sum to 1", None, "sum over k the logsumexp of j >= k")
 @given(w=small_worlds)
 def test_plackett_luce_sums_to_one_over_all_rankings(plackett_luce, w):
     """The sum of p* over all K! rankings is 1.  Eq. 18"""
@@ -140,7 +140,7 @@ def test_partition_function_cancels_from_rankings(plackett_luce, w):
     assert_same(plackett_luce(r_hat[orders]), plackett_luce(w.r[orders]))
 
 
-@mistake("a ranking of two has another loss than a pair", None, "see Eq. 20")
+@mistake("the loss of a ranking of two is not that of a pair", None, "see Eq. 20")
 @given(w=small_worlds)
 def test_ranking_loss_of_two_is_the_pair_loss(plackett_luce, dpo_loss, w):
     """K = 2  =>  -log p*(y_w > y_l) at r_hat is L_DPO.  Eq. 20 and Eq. 7"""

@@ -81,7 +81,7 @@ def expected_step(batch, seed: int, beta: float = 0.5, reference: int = 1) -> Te
 
 
 def moved_by(step, batch, seed: int, beta=0.5, reference: int = 1, stale=None) -> Tensor:
-    """The change of bigram(2 seed)'s logits in one SGD step at learning rate 1."""
+    """The change in bigram(2 seed)'s logits in one SGD step at learning rate 1."""
     pi = bigram(2 * seed)
     pi.logits.grad = stale
     before = pi.logits.detach().clone()
@@ -206,7 +206,7 @@ def assert_recorded(metrics, p, **expected):
         assert_same(torch.as_tensor(found[name]).double().mean(), expected[name].mean())
 
 
-@mistake("a reward without beta or reference", 22, "log beta * (logp - ref_logp), detached")
+@mistake("a reward without beta or reference", 22, "record beta * (logp - ref_logp)")
 @given(p=pairs)
 def test_recorded_rewards_are_implicit_rewards(metrics, p):
     """r_hat_w and r_hat_l are means of beta (log pi_theta - log pi_ref).  Eq. 5; pitfall 22"""
@@ -297,7 +297,7 @@ def test_training_follows_the_gradient_of_the_weighted_mean(seed, beta):
 
 
 def test_training_moves_a_batch_to_the_policys_device():
-    """pi_theta on another device than the preferences  =>  the loss sees each of the batch's
+    """pi_theta and the preferences on different devices  =>  the loss sees each of the batch's
     tensors on that device, under its own name"""
     batch, pi, seen = preferences(triplets(0), bigram(1)), bigram(0).to("meta"), []
 

@@ -194,7 +194,7 @@ def population_loss(logp: Tensor, batch: dpo.Preferences, beta: float) -> Tensor
 
 
 def minimise(loss, x: Tensor) -> Tensor:
-    """Damped Newton down to the gradient norm 1e-11, or to 1e-8 if rounding ends the descent."""
+    """Damped Newton down to a gradient norm of 1e-11, or 1e-8 if rounding ends the descent."""
     for _ in range(100):
         gradient = jacobian(loss, x)
         if gradient.norm() < 1e-11:

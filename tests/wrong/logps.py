@@ -71,7 +71,7 @@ def sum_over_the_batch(model, ids, mask):
     return logp(model, ids, mask).sum().expand(len(ids))
 
 
-# ------------------------------------------------- mean for sum, pitfall 5
+# ------------------------------------------------- mean instead of sum, pitfall 5
 
 
 @wrong("response_logps", 5, SUM)
