@@ -323,8 +323,11 @@ def difference(run: dict, other: str, y: str, kl: float) -> float | None:
     return a - b if a_measured and b_measured else None
 
 
-def largest(run: dict, method: str, y: str) -> float:
-    return max(p[y] for p in run["points"] if p["method"] == method)
+def largest_gain(run: dict, method: str) -> float:
+    """The largest gain of a method's runs, up to the largest KL of DPO's runs."""
+    end = max(p["kl"] for p in run["points"] if p["method"] == "DPO")
+    points = (p for p in run["points"] if p["method"] == method and p["kl"] <= end)
+    return max((p["gain"] for p in points), default=0.0)
 
 
 def claim_rows(runs: list[dict]) -> list[list[str]]:
@@ -339,7 +342,7 @@ def claim_rows(runs: list[dict]) -> list[list[str]]:
         rows.append([claim, *cells, *mean_differences(runs, other, kls)])
     for claim, other in REACH.items():
         if {other, "DPO"} <= methods:
-            found = [largest(run, "DPO", "gain") - largest(run, other, "gain") for run in runs]
+            found = [largest_gain(run, "DPO") - largest_gain(run, other) for run in runs]
             cells = [""] * len(grid)
             rows.append([claim, *cells, common.interval_cell(found), "", common.verdict(found)])
     return rows
@@ -428,7 +431,7 @@ LOOK = {
     "Preferred-FT": ("P", "0.55"),
 }
 NEAR = 2.0  # nats: the end of the first panel
-PAPER = {"DPO": [(2.5, 0.9), (5, 1.0)], "PPO": [(2, 0.53), (11, 0.92)]}  # approximate readings
+PAPER = {"DPO": [(5, 1.0), (2.5, 0.9)], "PPO": [(2, 0.53), (11, 0.92)]}  # approximate readings
 
 
 def draw(runs: list[dict]) -> Figure:
@@ -439,66 +442,58 @@ def draw(runs: list[dict]) -> Figure:
     figure = Figure((11, 9), layout="constrained")
     (near, left), (right, cost) = figure.subplots(2, 2)
     limit = 1.1 * max(p["kl"] for p in results["points"] if p["method"] in ("DPO", "PPO-GT", "PPO"))
-    small = min(NEAR, limit)
-    for ax, y, end in ((near, "gain", small), (left, "gain", limit), (right, "p_positive", limit)):
+    papers = PAPER if results["config"]["data"] == "imdb" else {}
+    wide = max([limit, *(1.1 * kl for points in papers.values() for kl, _ in points)])
+    panels = (near, "gain", min(NEAR, limit)), (left, "gain", limit), (right, "p_positive", wide)
+    for ax, y, end in panels:
         common.draw_optimum(ax, results, y, end)
         draw_methods(ax, results, y, end)
         shown = [results["reference"]["p_positive"] if y == "p_positive" else 0]
         shown += [p[y] for p in results["points"] if p["kl"] <= end]
+        shown += [1.0] if y == "p_positive" and papers else []
         margin = 0.08 * (max(shown) - min(shown)) or 1
         ax.set(xlim=(-0.02 * end, end), ylim=(min(shown) - margin, max(shown) + margin))
         ax.set(xlabel=r"KL($\pi_\theta$, $\pi_{ref}$), nats per response")
         ax.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
     right.set(ylabel="P(positive), mean of sigmoid(r*)")
-    draw_cost(cost, results)
-    if results["config"]["data"] == "imdb":
-        draw_paper(right)
+    draw_cost(cost, results, limit)
+    draw_paper(right, papers)
     left.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
     left.plot([], [], "s:", color="0.55", ms=3, label="best of N, at a bound on its KL")
-    left.legend(loc="lower right", frameon=False)
+    left.plot([], [], "D", color="#1b6ca8", label=r"$\pi_{ref}$")
+    left.legend(loc="lower right", frameon=False, fontsize="small")
     figure.suptitle(common.title(runs))
     return figure
 
 
-def draw_cost(ax, results: dict):
-    """The largest gain so far against the seconds of training so far, in the order of the runs."""
-    for method, (_, color) in LOOK.items():
+def draw_cost(ax, results: dict, limit: float):
+    """The largest gain so far, at a KL up to limit, against the seconds of all runs so far."""
+    for method, (marker, color) in LOOK.items():
         points = [p for p in results["points"] if p["method"] == method]
         if points:
             seconds = np.cumsum([p["seconds"] for p in points])
-            best = np.maximum.accumulate([p["gain"] for p in points])
-            ax.step(seconds, best, color=color, where="post")
-            common.label(ax, method, seconds[-1], best[-1], color, xytext=(5, 0))
-    ax.margins(x=0.15)
+            best = np.maximum.accumulate([p["gain"] * (p["kl"] <= limit) for p in points])
+            ax.step(seconds, best, marker, ls="-", color=color, ms=4, where="post")
     ax.set(xlabel="seconds of training, all runs so far", ylabel="largest gain so far, nats")
 
 
 def draw_methods(ax, results: dict, y: str, end: float):
     """Each run as a point; lines join neighbours, except across a wide gap."""
-    ends = []
     for method, (marker, color) in LOOK.items():
         points = [point for point in curve(results, method, y)[1:] if point[0] <= end]
-        if not points:
-            continue
-        xs, ys = map(list, zip(*points, strict=True))
-        ax.plot(xs, ys, marker, color=color, ms=5)
+        if points:
+            ax.plot(*zip(*points, strict=True), marker, color=color, ms=5, label=method)
         for a, b in pairwise(points):
             if b[0] <= WIDE * a[0]:
                 ax.plot(*zip(a, b, strict=True), color=color, lw=1)
-        ends.append((ys[-1], xs[-1], method, color))
-    lowest = -np.inf
-    low, high = (f((e[0] for e in ends), default=0.0) for f in (min, max))
-    for y_end, x_end, method, color in sorted(ends):  # labels keep a distance
-        lowest = max(y_end, lowest + 0.05 * (high - low))
-        common.label(ax, method, x_end, lowest, color, xytext=(7, 0))
 
 
-def draw_paper(ax):
+def draw_paper(ax, papers: dict):
     """Values read from the paper's figure, as hollow points."""
-    for method, points in PAPER.items():
+    for method, points in papers.items():
         marker, color = LOOK[method]
         ax.plot(*zip(*points, strict=True), marker, mfc="none", mec=color, ms=9)
-        common.label(ax, f"{method}, paper (approximate)", *points[0], color, xytext=(8, -8))
+        common.label(ax, f"{method}, paper (approximate)", *points[0], color, xytext=(9, 0))
 
 
 def main(argv: list[str]) -> int:
