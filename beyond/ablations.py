@@ -455,8 +455,8 @@ def draw_verbosity(ax, results: dict, points: dict, *seeds: dict) -> str:
     ax.set(xlabel="length, tokens", ylabel="gain, nats")
     longer = {name: p["length"] - results["reference"]["length"] for name, p in points.items()}
     return (
-        f"labels favour length: DPO's responses are {longer['dpo']:.1f} tokens\n"
-        f"longer than pi_ref's, R-DPO's {longer['r_dpo']:.1f}"
+        f"labels favour length: DPO's responses are\n"
+        f"{longer['dpo']:.1f} tokens longer than pi_ref's, R-DPO's {longer['r_dpo']:.1f}"
     )
 
 

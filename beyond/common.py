@@ -290,8 +290,8 @@ def draw_optimum(ax, results: dict, y: str, right: float):
     if end < right:
         ax.axvspan(end, right, color="0.94", zorder=0)
         style = {"color": "0.5", "fontsize": "small", "ha": "center"}
-        text = "the optimum cannot\nbe estimated\nin this region"
-        ax.text((end + right) / 2, 0.5, text, transform=ax.get_xaxis_transform(), **style)
+        text = "the optimum\ncannot be\nestimated in\nthis region"
+        ax.text((end + right) / 2, 0.44, text, transform=ax.get_xaxis_transform(), **style)
     best = [(b["kl"], b[y]) for b in results["best_of_n"]]
     ax.plot(*np.transpose(best), "s:", color="0.55", ms=3, lw=1)
     ax.plot(0, start, "D", color="#1b6ca8", zorder=3)
