@@ -376,7 +376,7 @@ def table(runs: list[dict]) -> str:
         rows = [[m, *(entry(runs, m, y, kl) for kl in grid)] for m in methods]
         tables.append(common.markdown(head, rows))
     head = ["claim: DPO minus the other, nats, at", *(f"{kl:g}" for kl in grid)]
-    head += ["mean gain, 95 %", "mean P(positive), 95 %", "verdict"]
+    head += ["mean difference in gain, 95 %", "in P(positive), 95 %", "verdict"]
     tables.append(common.markdown(head, claim_rows(runs)))
     tables.append(common.markdown(["run", *COLUMNS.values()], end_rows(runs)))
     return "\n\n".join(tables)

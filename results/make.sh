@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the commands behind the results of both READMEs, one after the other, except the timed runs and
-# the comparison of processors (docs/speed.md). It can be interrupted and run again.
+# Runs the commands behind the results in README.md and beyond/README.md, one after the other, except
+# the searches for hyperparameters, the timed runs and the comparison of processors (docs/speed.md).
+# It can be interrupted and run again.
 # Set IMDB to the path of the archive to skip the download.
 set -euo pipefail
 cd "$(dirname "$0")/.."
