@@ -64,7 +64,7 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WordReward:
-    """r*: the sum of the weights of a text's words. A word without a weight counts 0.
+    """r*: the sum of the weights of a text's words. A word without a weight counts as 0.
 
     For IMDb, the sum over the n known words is divided by sqrt(n), and a bias is added.
     """
@@ -170,7 +170,7 @@ def read_imdb(path: Path) -> dict[str, list[str]]:
 
 
 def load_imdb(reviews: dict, reward: Path, sizes: Sizes, seed: int, tokens) -> Dataset:
-    """Training reviews for pi_ref, and test reviews for prompts, a tenth of which are held out.
+    """Training reviews for pi_ref, and test reviews, of which a tenth are held out.
 
     reviews: as `read_imdb` returns them. reward: the file that beyond/reward.py writes.
     """
@@ -235,7 +235,7 @@ def openings(reviews: list[str], tokenizer, context: int) -> TokenLists:
     """The first sentences of each review: as many as fit in the context, then the end token.
 
     A sentence ends with . ! or ? before a space or the review's end. Reviews in which no sentence
-    ends between the fifth token and the context are left out.
+    ends between the fifth token and the end of the context are left out.
     """
     end = tokenizer.eot_token
     found = []

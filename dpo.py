@@ -78,7 +78,7 @@ def dpo_loss(
     """
     r_hat_w = implicit_reward(logp_w, ref_logp_w, beta)
     r_hat_l = implicit_reward(logp_l, ref_logp_l, beta)
-    losses = -F.logsigmoid(r_hat_w - r_hat_l)  # log(sigmoid(z)) would underflow for z < -90
+    losses = -F.logsigmoid(r_hat_w - r_hat_l)  # sigmoid(z) alone underflows for z < -90
     return losses, r_hat_w, r_hat_l
 
 
@@ -208,7 +208,7 @@ def pair_metrics(share, losses, r_hat_w, r_hat_l) -> dict[str, Tensor]:
     """Means over pairs, weighted by `share`. All arguments have shape (n,).
 
     Metrics: loss; the implicit rewards r_hat_w and r_hat_l; their difference, the margin; accuracy,
-    the share of pairs with r_hat_w > r_hat_l, where a tie counts 1/2.
+    the share of pairs with r_hat_w > r_hat_l, where a tie counts as 1/2.
     """
     margin = r_hat_w - r_hat_l
     values = {"loss": losses, "r_hat_w": r_hat_w, "r_hat_l": r_hat_l, "margin": margin}
@@ -228,12 +228,12 @@ def train(
 ) -> Iterator[dict[str, Tensor]]:
     """Take one optimizer step per batch of prompts, and yield its metrics as scalar tensors.
 
-    A generator: each value requested from it takes one training step.
+    A generator: requesting a value takes one training step.
 
     loss: for instance `partial(dpo, beta=0.1)`. pi_ref enters only through preferences.ref_logps.
     batches: tensors of prompt numbers. logps_fn: computes log-probabilities as `response_logps`
     does. normalize: scales the weights of a batch's pairs; by default they sum to 1. On several
-    processes, `beyond.distributed` scales them by the sum over all of them.
+    processes, `beyond.distributed` uses the sum over all processes.
 
     Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall; grad_norm. All are
     from before the step.

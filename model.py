@@ -32,8 +32,8 @@ class GPTConfig:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """softmax(q k' / sqrt(hs)) v, where each query sees the keys up to its own position.
 
-    q: (B, nh, T, hs), at positions start, start + 1, ... k, v: (B, nh, S, hs). Returns (B, nh, T,
-    hs).
+    q: (B, nh, T, hs), at positions start to start + T - 1. k, v: (B, nh, S, hs). Returns
+    (B, nh, T, hs).
     """
     T, S = q.size(2), k.size(2)
     if T == S and (q.is_cuda or q.dtype == torch.float32):
@@ -150,7 +150,7 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one response y ~ pi( . | x) for each prompt x, token by token.
 
-    A response ends with the token `end`, or is cut off where the context is full. Returns ids, mask
+    A response ends with the token `end`, or is cut off when the context is full. Returns ids, mask
     and logps, (B, context) each and on the CPU: prompt and response, padded on the right; True on
     the response; and log pi(y_t | x, y_<t) at temperature 1 on the response, 0 elsewhere.
     Raises ValueError for an empty prompt, or one that leaves no room for a response.

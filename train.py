@@ -59,7 +59,7 @@ class Config:
     completions: int = flag(8, "completions per prompt", 2)
     frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1, scaled by beta^-1.25; suits sgd", 1e-12)
+    lr: float = flag(0.009, "peak learning rate at beta 1, times beta^-1.25; tuned for sgd", 1e-12)
     epochs: int | None = flag(1, "DPO epochs; own data: enough for 100 steps", 1)
     batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)

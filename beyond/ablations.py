@@ -48,7 +48,7 @@ STUDIES = ("noise", "certainty", "verbosity", "displacement", "epochs", "coverag
 class Config(compare.Config):
     """compare.py's settings, and two more."""
 
-    rounds: int = flag(8, "epochs of certainty, displacement and epochs", 1)
+    rounds: int = flag(8, "epochs in the studies certainty, displacement, epochs", 1)
     studies: tuple = flag(STUDIES, "studies to run", choices=STUDIES)
     methods: tuple = ()  # no flag
     times: float = 1.0
@@ -405,7 +405,7 @@ ABOVE, BELOW = ({"xytext": (0, y), "ha": "center"} for y in (11, -12))
 
 
 def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], where: dict):
-    """Each method at (x, y), its seeds pale. where: of labels, places other than on the right."""
+    """Each method at (x, y), its seeds pale. where: label positions other than right."""
     for name, p in points.items():
         color, fill = color_of(name), "none" if "clean" in name else None
         for seed in seeds:
@@ -512,7 +512,7 @@ def draw_coverage(ax, results: dict, *_: dict) -> str:
     )
     return (
         f"pairs ($y_1$, $y_2$) and ($y_3$, $y_4$) gain {apart:+.2f};\n"
-        f"one more pair, ($y_2$, $y_3$), {bridged:+.2f}"
+        f"with a third pair, ($y_2$, $y_3$), {bridged:+.2f}"
     )
 
 

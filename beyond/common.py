@@ -4,8 +4,8 @@
         -> any method that turns pi_ref into a policy
         -> gain in true reward, KL, P(positive), length, win rate of fresh samples
 
-Each policy is evaluated once, on the same prompts. Gains are mean true reward minus that of
-pi_ref, in nats. P(positive) is the mean of sigmoid(r*).
+Each policy is evaluated once, on the same prompts. A gain is the mean true reward minus
+pi_ref's, in nats. P(positive) is the mean of sigmoid(r*).
 """
 
 import dataclasses
@@ -260,7 +260,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def average(runs: list):
     """The mean over runs of each number in results.json.
 
-    None if any run has no value. Values that are not numbers are those of the first run.
+    None if any run has no value. Booleans are true if all are. Other values are those of the first
+    run.
     """
     first = runs[0]
     if None in runs:

@@ -4,7 +4,8 @@
     python -m beyond.compare --summary DIR DIR ...     # table and figure over finished runs
 
 As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per prompt and 48
-samples of pi_theta per evaluation prompt. Each method has two strengths. Methods differ in the
+samples of pi_theta per evaluation prompt. Each method is run at two strengths, for
+instance two betas. Methods differ in the
 loss, its learning rate, and for some in the pairs.
 
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
@@ -418,7 +419,7 @@ def draw(runs: list[dict]) -> Figure:
                 0.01, y + 0.45, family(name), transform=ax.get_yaxis_transform(), style="italic"
             )
             ax.axhline(y + 0.5, color="0.9")
-    ax.axvline(1, color="0.3", label="optimum of all policies (Eq. 4)")
+    ax.axvline(1, color="0.3", label="optimum over all policies (Eq. 4)")
     for fill, label in (("0.25", "first strength"), ("white", "second strength")):
         ax.plot([], [], "o", color="0.25", mfc=fill, label=label)
     ax.set_yticks(range(len(order)), order)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "tests" / "theorems"))  # theorems import each oth
 FOUR = "logp_w, logp_l, ref_logp_w, ref_logp_l"
 SINGLE_PRECISION = 2e-4  # tolerance for results in float32, whose inputs reach 600 nats
 
-# What a file may offer: name, arguments and result. A result in parentheses is optional.
+# What a file may offer: name, arguments and result. Where the result is (loss), it is optional.
 OFFERS = {
     "response_logps": "(model, ids, mask) -> log pi(y|x), (B,), or one value per token, (B, T)",
     "logps_from_logits": "(logits, ids, mask) -> the same, for models called elsewhere",

@@ -2,8 +2,8 @@
 
     python -m beyond.convert IN OUT [--labels {bt,argmax}] [--seed N]
 
-OUT gets JSON lines with the strings prompt, chosen and rejected. IN is a file of JSON lines, a JSON
-array, or a CSV file with a header. Each row has one of these formats:
+OUT is written as JSON lines with the strings prompt, chosen and rejected. IN is a file of JSON
+lines, a JSON array, or a CSV file with a header. Each row has one of these formats:
 
     pair            prompt, chosen and rejected are strings; other keys are dropped
     conversation    prompt, chosen and rejected are lists of messages {role, content}
@@ -106,7 +106,7 @@ def answers(row: dict) -> list[Candidate]:
     """A conversation, and the messages that continue it."""
     prompt, y_w, y_l = (transcript(row[name], name) for name in ("prompt", "chosen", "rejected"))
     if not y_w.startswith(ASSISTANT) or not y_l.startswith(ASSISTANT):
-        raise BadInput("chosen and rejected must begin with a message of the assistant")
+        raise BadInput("chosen and rejected must begin with a message from the assistant")
     return certain(prompt + ASSISTANT, *(y.removeprefix(ASSISTANT) for y in (y_w, y_l)))
 
 
@@ -142,7 +142,7 @@ def scored(row: dict) -> list[Candidate]:
     texts = [checked(text, "a completion") for text in texts]
     if prompt is None:
         question = {"role": "user", "content": row.get("instruction")}
-        prompt = transcript([question], "prompt and instruction") + ASSISTANT
+        prompt = transcript([question], "prompt or instruction") + ASSISTANT
         texts = [f" {text}" for text in texts]
     pairs = combinations(zip(texts, scores, strict=True), 2)
     return [(prompt, y_1, y_2, r_1 - r_2) for (y_1, r_1), (y_2, r_2) in pairs]
@@ -155,7 +155,7 @@ def transcript(messages: list, name: str) -> str:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in SPEAKER:
             raise BadInput(f"{name} has a message with the role {role!r}, not {list(SPEAKER)}")
-        content = checked(message.get("content"), f"a message of {name}")
+        content = checked(message.get("content"), f"a message in {name}")
         text += f"\n\n{SPEAKER[role]}: {content}"
     return checked(text, name)
 
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         if args.out.exists():
-            raise BadInput(f"{args.out}: exists already; choose another name")
+            raise BadInput(f"{args.out}: already exists; choose another name")
         pairs, recognised = convert(args.source, args.labels, args.seed)
         lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
         atomic_write(args.out, "".join(lines).encode())

@@ -53,7 +53,7 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
     train = [pair for pair in pairs if pair[0] not in held_out]
     held = [pair for pair in pairs if pair[0] in held_out]
     if len(held) < FEW:
-        print(f"only {len(held)} pairs are held out: their accuracy says little")
+        print(f"only {len(held)} pairs are held out: accuracy on them says little")
     return Dataset(
         tokens,
         eval_prompts=[list(x) for x in prompts if x in held_out][: sizes.eval_prompts],

@@ -36,6 +36,6 @@ def load_file(path: Path) -> ModuleType:
         module = ModuleType(f"user_{path.stem}")
         module.__file__ = str(path.resolve())
         sys.modules[module.__name__] = module  # so that the function's code can be found
-        # An import could run bytecode of an earlier version that is as long and less than 1 s old.
+        # An import could run bytecode of a version of the same length, saved in the same second.
         exec(compile(path.read_bytes(), module.__file__, "exec"), vars(module))
         return module

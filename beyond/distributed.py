@@ -9,7 +9,8 @@ averages gradients over processes, so each process computes
 
     N / W sum_{i in its share} w_i loss_i
 
-Samples, log-probabilities and KL are computed by sharded models in shares of prompts or rows. Each
+Sampling, log-probabilities and KL use sharded models; each process computes a share of the prompts
+or rows. Each
 chunk of prompts has its own seed. So results depend on N only through rounding.
 
 What this file leaves out: sharded fine-tuning; losses that couple prompts; Muon, which needs whole
@@ -61,7 +62,7 @@ class Settings(train.Config):
     replicate: int = cli.flag(1, "copies of the sharded model, for instance one per node", 1)
 
 
-Job = tuple[Settings, Path]  # and the folder of a training run's distributed checkpoints
+Job = tuple[Settings, Path]  # the settings, and the folder of distributed checkpoints
 
 
 # -------------------------------------------------- training

@@ -10,8 +10,8 @@ class   PPO with three reward models trained on the same pairs: a GPT; a bag of 
         class of r*; and a bag of 8 groups of tokens, which cannot express r*. Prediction (Shi et
         al. 2505.19770): relative to DPO, the second helps PPO and the third hurts it.
 
-Runs have different KLs. They are compared by the fraction of the largest gain at the run's own
-KL, averaged over --beta. Fractions are unknown where the optimum cannot be estimated.
+Runs have different KLs. They are compared by the fraction they attain of the largest gain at
+their own KL, averaged over --beta. Fractions are unknown where the optimum cannot be estimated.
 """
 
 import sys
@@ -97,7 +97,7 @@ def fit_ridge(preferences: Preferences, groups: int, ridge: float) -> Tensor:
 
 
 def bag_accuracy(model: dict, preferences: Preferences) -> float:
-    """The share of pairs that the bag orders as labelled; a tie counts 1/2."""
+    """The share of pairs that the bag orders as labelled; a tie counts as 1/2."""
     r = counts(preferences.ids, preferences.mask, len(model["bag"])) @ model["bag"]
     r_w, r_l = r[preferences.pairs].T
     share = dpo.mean_weights(preferences.weight)

@@ -62,7 +62,7 @@ WIDE = 1.6  # a factor between neighbouring KLs
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """train.py's settings. --beta is the sweep of DPO."""
+    """train.py's settings. --beta sets DPO's sweep."""
 
     loss: str = "dpo"  # no flag, like the next two
     loss_args: tuple = ()
@@ -98,7 +98,7 @@ PRESETS = {
 
 
 def ppo_config(cfg: Config, beta: float) -> PPOConfig:
-    """A fixed beta, in nats of the reward that PPO uses; no target KL."""
+    """A fixed beta, in the units of the reward before scaling; no target KL."""
     return PPOConfig(
         iterations=cfg.ppo_iterations,
         batch_size=cfg.ppo_batch,
@@ -188,7 +188,7 @@ def train_ppo(
 
     make_reward: (source, reference, device) -> reward and critic. completions: ids and mask (R, T),
     sampled from pi_ref. The reward is scaled to mean 0 and variance 1 on 2,000 of them, and beta by
-    the same factor: config.beta is in nats of r, as in Eq. 3.
+    the same factor: config.beta is in the units of r before scaling, as in Eq. 3.
     """
     pi_ref = load_gpt(reference, device).requires_grad_(False)
     end = load_tokenizer(reference["tokens"]).eot_token
@@ -361,7 +361,7 @@ def mean_differences(runs: list[dict], other: str, kls: tuple) -> list[str]:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: gain, P(positive) and length at each KL, the claims, and each run at its end.
+    """Markdown: gain, P(positive) and length at each KL, the claims, and each run's evaluation.
 
     Mean and standard deviation over seeds. Raises BadInput if the sweeps differ.
     """
@@ -458,7 +458,7 @@ def draw(runs: list[dict]) -> Figure:
     right.set(ylabel="P(positive), mean of sigmoid(r*)")
     draw_cost(cost, results, limit)
     draw_paper(right, papers)
-    left.plot([], [], color="0.3", lw=2.5, label="optimum of all policies (Eq. 4)")
+    left.plot([], [], color="0.3", lw=2.5, label="optimum over all policies (Eq. 4)")
     left.plot([], [], "s:", color="0.55", ms=3, label="best of N, at a bound on its KL")
     left.plot([], [], "D", color="#1b6ca8", label=r"$\pi_{ref}$")
     left.legend(loc="lower right", frameon=False, fontsize="small")

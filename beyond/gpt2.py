@@ -5,7 +5,7 @@
                                                     pytorch_model.bin -> checkpoint
     python -m beyond.gpt2 out/dpo-1.pt --out NEW    checkpoint -> folder, for transformers
 
-Then: python train.py --init gpt2.pt. The names are gpt2, gpt2-medium, gpt2-large and gpt2-xl.
+Then: python train.py --init gpt2.pt. Published models: gpt2, gpt2-medium, gpt2-large and gpt2-xl.
 
 The environment variable HF_ENDPOINT changes the address of the Hugging Face hub, which could not be
 reached while this was developed: downloading was tested only against a local server with the same
@@ -115,7 +115,7 @@ def fetch(url: str, path: Path):
 
 
 def promised(headers, linked: dict[str, str], have: int) -> tuple[int, str]:
-    """The size and the checksum of a whole file, by the hub's headers."""
+    """The size and the checksum of a whole file, according to the hub's headers."""
     size = linked.get("X-Linked-Size") or have + int(headers["Content-Length"] or 0)
     tag = linked.get("X-Linked-ETag") or headers["ETag"] or ""
     found = re.fullmatch(r'(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?', tag)
@@ -125,7 +125,7 @@ def promised(headers, linked: dict[str, str], have: int) -> tuple[int, str]:
 
 
 def write_part(response, part: Path, have: int, size: int):
-    """Append the response to the part, or replace the part if nothing of it is valid."""
+    """Append the response to the part, or replace the part if none of it is valid."""
     how = {"total": size, "initial": have, "unit": "B", "unit_scale": True}
     with open(part, "ab" if have else "wb") as f, tqdm(desc=part.stem, **how) as bar:
         while block := response.read(1 << 20):
@@ -134,7 +134,7 @@ def write_part(response, part: Path, have: int, size: int):
 
 
 def checksum_of(path: Path, like: str) -> str:
-    """SHA-256, or for a checksum of 40 digits Git's SHA-1 of a blob, which small files have."""
+    """SHA-256, or Git's SHA-1 of a blob if `like` has 40 digits, as for small files."""
     with open(path, "rb") as f:
         if len(like) == 64:
             return hashlib.file_digest(f, "sha256").hexdigest()
@@ -199,7 +199,7 @@ def check_function(config: dict):
 
 
 def check_sizes(config: dict, weights: dict[str, Tensor]):
-    """Raise ValueError unless the weights have the sizes of config.json, before those are used."""
+    """Raise ValueError unless the weights have config.json's sizes, before these are used."""
     vocab_size, n_embd = weights["wte.weight"].shape
     n_layer = sum(name.endswith("ln_1.weight") for name in weights)
     context = len(weights["wpe.weight"])
@@ -277,7 +277,7 @@ def save(checkpoint: dict, path: Path):
     try:
         torch.save(checkpoint, part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch raises RuntimeError where the disk is full
+    except (OSError, RuntimeError) as e:  # torch raises RuntimeError when the disk is full
         raise BadInput(f"{path}: cannot be written ({e})") from e
     finally:
         part.unlink(missing_ok=True)
@@ -314,7 +314,7 @@ def resize_context(checkpoint: dict, context: int) -> dict:
 def convert(source: str, out: Path | None) -> str:
     """Convert in the direction that `source` asks for, and return what to do next."""
     if out is not None and out.exists():
-        raise BadInput(f"{out}: exists already; choose another --out")
+        raise BadInput(f"{out}: already exists; choose another --out")
     if source in PUBLISHED:
         path = ensure_gpt2(source)
         if out is not None:

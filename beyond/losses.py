@@ -61,7 +61,7 @@ def win_loss_weights(batch: Preferences, weight: Tensor) -> tuple[Tensor, Tensor
 
 
 def is_paired(batch: Preferences) -> Tensor:
-    """True for the rows (R,) that a pair names."""
+    """True for the rows (R,) that belong to a pair."""
     rows = torch.arange(len(batch.ids), device=batch.pairs.device)
     return torch.isin(rows, batch.pairs)
 
@@ -135,7 +135,7 @@ def kto(
 
 
 def reference_point(logps: Tensor, batch: Preferences) -> Tensor:
-    """z_0 = max(0, mean log pi_theta(y'|x) / pi_ref(y'|x)) of the rows that no pair names.
+    """z_0 = max(0, mean log pi_theta(y'|x) / pi_ref(y'|x)) of the rows in no pair.
 
     What z_0 estimates depends on the origin of these rows:
 
@@ -152,7 +152,7 @@ def reference_point(logps: Tensor, batch: Preferences) -> Tensor:
 
 
 def unpaired_log_ratio(logps: Tensor, batch: Preferences) -> Tensor:
-    """The mean log-ratio of the rows that no pair names, in nats, or 0 if there are none."""
+    """The mean log-ratio of the rows in no pair, in nats, or 0 if there are none."""
     log_ratio = (logps - batch.ref_logps).sum(-1).detach()
     unpaired = ~is_paired(batch)
     return (log_ratio * unpaired).sum() / unpaired.sum().clamp(min=1)
@@ -241,13 +241,13 @@ def sppo_hard(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
 def sppo(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
     """(A - (P_w - 1/2) / beta)^2 + (B - (P_l - 1/2) / beta)^2.  2405.00675, with eta = 1 / beta.
 
-    P = P(y > pi_t | x) is estimated by the share, by weight, of the pairs of y that y wins against
-    the other completions of x. They must be samples of pi_t, which is pi_ref in the first round.
+    P = P(y > pi_t | x) is estimated by the weighted share of y's pairs with other completions of x
+    that y wins. The completions must be samples of pi_t, which is pi_ref in the first round.
     Optimum: every log-ratio equals (P - 1/2) / beta.
     """
     A, B = log_ratios(logps, batch)
     won, lost = win_loss_weights(batch, batch.weight)
-    P = won / (won + lost)  # 0/0 for a row that no pair names
+    P = won / (won + lost)  # 0/0 for a row in no pair
     w, l = batch.pairs.T
     losses = (A - (P[w] - 0.5) / beta).square() + (B - (P[l] - 0.5) / beta).square()
     return losses, beta * A, beta * B
@@ -335,7 +335,7 @@ def plackett_luce(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
     """-log p*(ranking | x) at r_hat.  Eq. 20 of the DPO paper.
 
     The ranking contains all paired completions of x: each loses to all that precede it. All pairs
-    of x get the same loss. Rows that no pair names are ignored.
+    of x get the same loss. Rows in no pair are ignored.
     Optimum: the tilt, if rankings are drawn as by `pairs.rankings`.
     Raises BadInput if the pairs of a prompt are not those of one ranking.
     """

@@ -17,8 +17,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Move the singular values of each matrix close to 1, keeping its singular vectors.
 
     matrices: (n, rows, cols). Newton-Schulz: each of five steps maps every singular value s to
-    a s + b s^3 + c s^5, and brings it into [0.7, 1.2] or so. The products use bfloat16 only where
-    the hardware supports it natively.
+    a s + b s^3 + c s^5; together they bring it into about [0.7, 1.2]. The products use bfloat16
+    only where the hardware supports it natively.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if bf16_supported(matrices.device) else matrices.float()

@@ -46,7 +46,7 @@ PANELS = {  # metric in the curves: title
 COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # of the betas
 ORANGE, BLUE = "#d95f02", "#1b6ca8"  # pi_theta and pi_ref
 TICKS = (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 25, 40)  # KL, nats
-LARGE = 30  # nats: a KL that a table points out
+LARGE = 30  # nats: a KL above it is pointed out
 STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the least contribution that is coloured
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --line: #ccc; --soft: #f4f4f4;
@@ -104,7 +104,7 @@ def figure(drawing: Figure, path: Path, caption: str) -> str:
 
 
 def points_table(points: list[dict]) -> str:
-    """The results of each beta. Each cell keeps its exact value."""
+    """The results of each beta. Each cell has its exact value as a tooltip."""
     names = [name for name in TABLE if name in points[0]]
     rows = [tag("tr", "".join(tag("th", escape(TABLE[name])) for name in names))]
     for point in points:
@@ -271,7 +271,7 @@ def draw_optimum(ax, results: dict, right: float):
     reliable = np.array(results["frontier"]["reliable"], bool)
     kl = np.array([0, *np.array(results["frontier"]["kl"])[reliable]])
     gain = np.array([0, *np.array(results["frontier"]["reward"])[reliable] - base])
-    ax.plot(kl, gain, color="0.3", label="optimum of all policies (Eq. 4)")
+    ax.plot(kl, gain, color="0.3", label="optimum over all policies (Eq. 4)")
     if kl[-1] < right:
         ax.axvspan(kl[-1], right, color="0.93", label="optimum cannot be estimated here")
     for p in results["points"]:

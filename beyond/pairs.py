@@ -76,7 +76,7 @@ def acceptance(r: Tensor, beta: float, r_max: Tensor | float) -> Tensor:
     """The probability exp((r - r_max) / beta) of accepting a sample of pi_ref.
 
     Accepted samples then follow the tilt of Eq. 4, and the acceptance rate is Z exp(-r_max / beta).
-    This is exact: each sample is accepted or not, on its own, and r_max bounds every reward.
+    This is exact: each sample is accepted or rejected independently, and r_max bounds every reward.
     Raises ValueError if r exceeds r_max.
     """
     if (r > r_max).any():

@@ -81,7 +81,7 @@ def token_values(critic: ValueModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(r_phi: ValueModel, batch: Preferences) -> tuple[Tensor, Tensor]:
-    """Eq. 2 of each pair, and whether r_phi orders it as labelled (a tie counts 1/2), (n,) each."""
+    """Eq. 2 of each pair, and whether r_phi orders it as labelled (a tie is 1/2), (n,) each."""
     r = at_last_token(r_phi(batch.ids), batch.mask)  # (R,)
     r_w, r_l = r[batch.pairs].T
     margin = r_w - r_l

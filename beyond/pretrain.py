@@ -126,8 +126,7 @@ def save(path: Path, value: object):
 
 
 def shuffled(pool: np.ndarray, first: int, n: int, seed: int) -> np.ndarray:
-    """Entries first, first + 1, ... (n of them) of an endless list: the pool, shuffled for each
-    pass over it."""
+    """n entries, from number `first` on, of an endless list: the pool, shuffled for each pass."""
     found = []
     while n > 0:
         epoch, place = divmod(first, len(pool))
@@ -193,7 +192,7 @@ class Training:
         with open_user_file(path, "a checkpoint of pretraining; delete it to start again"):
             state = torch.load(path, weights_only=True)
             if state["settings"] != vars(self.settings):
-                raise BadInput(f"{path}: has other settings; use another --out")
+                raise BadInput(f"{path}: was made with other settings; use another --out")
             for name in ("pi", "muon", "adamw"):
                 getattr(self, name).load_state_dict(state[name])
             self.step = state["step"]

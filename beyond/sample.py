@@ -164,14 +164,14 @@ def numbers(completion: Completion) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Escapes control characters, but leaves spaces and line ends."""
+    """Escapes control characters, but leaves spaces and newlines."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def show_pair(path: Path, models: Models, number: int) -> str:
     """A preference pair, token by token: the tokens of the responses, under the mask, in [ ]."""
     found = load_stage(path / "preferences.pt")
-    preferences = found[0] if isinstance(found, list) else found  # own: a list
+    preferences = found[0] if isinstance(found, list) else found  # your own data: a list
     rows = preferences.pairs[number % len(preferences.pairs)]
     ids, mask = preferences.ids[rows], preferences.mask[rows]
     reward = models.reward(decode_rows(ids, models.tokenizer)) if models.reward else [None] * 2
@@ -179,7 +179,7 @@ def show_pair(path: Path, models: Models, number: int) -> str:
     for name, r, tokens, inside in zip(("chosen", "rejected"), reward, ids, mask, strict=True):
         end = int(inside.nonzero().max()) + 1
         words = [models.tokenizer.decode([i]) for i in tokens[:end].tolist()]
-        words = [repr(word)[1:-1] for word in words]  # so that a line end is visible
+        words = [repr(word)[1:-1] for word in words]  # so that a newline is visible
         marked = [f"[{w}]" if m else f"{w}|" for w, m in zip(words, inside[:end], strict=True)]
         value = "" if r is None else f"r* {r:+.2f}  "
         lines.append(f"{name:>8}  {value}{''.join(marked)}")
@@ -203,7 +203,7 @@ def order_pairs(path: Path, models: Models, n: int) -> str:
         for title, chosen in (("best", order[:n]), ("worst", order[-n:][::-1])):
             wrong = int((r_hat_w < r_hat_l).sum())
             about = f"{len(order)} held-out pairs, {wrong} of which are misordered"
-            lines.append(f"{name}: the {title} ordered of {about}")
+            lines.append(f"{name}: the {title}-ordered pairs of {about}")
             for i in chosen:
                 w, l = pairs.pairs[i].tolist()
                 lines.append(f"  chosen    r_hat {r_hat_w[i]:+7.2f}  {printable(texts[w])}")

@@ -71,7 +71,7 @@ def logps_in_parts(pi: GPT, ids: torch.Tensor, mask: torch.Tensor, parts: int) -
 
 
 class InStep:
-    """A sharded model with which each process makes the same number of calls.
+    """A sharded model to which each process makes the same number of calls.
 
     A call to a sharded model waits for all processes. Rows end at different times, so a process
     that is done calls the model until it has made as many calls as sampling can take.
@@ -101,7 +101,7 @@ def generate(pi: GPT, prompts: list[list[int]], n: int, tokenizer, seed: int, wh
     """Like `inference.generate`, in chunks of responses. Each chunk has its own seed."""
     rank, N = dist.get_rank(), dist.get_world_size()
     prompts = [x for x in prompts for _ in range(n)]
-    padded = prompts + prompts[:1] * (-len(prompts) % (CHUNK * N))  # as many chunks on each
+    padded = prompts + prompts[:1] * (-len(prompts) % (CHUNK * N))  # equally many for each
     pi, own = InStep(pi), []
     for i in range(rank, len(padded) // CHUNK, N):
         chunk = padded[i * CHUNK : (i + 1) * CHUNK]

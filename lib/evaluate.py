@@ -92,7 +92,7 @@ def evaluate_policy(policy, reference, dataset, eval_set, beta, cfg, device, inf
     if (ref_r := eval_set.rewards) is not None:
         r = values["reward"]
         values["gain"] = r.mean(1, keepdim=True) - ref_r.mean(1, keepdim=True)  # paired by prompt
-        values["win_rate"] = (r - ref_r[:, :M]).sign() / 2 + 0.5  # a tie counts 1/2
+        values["win_rate"] = (r - ref_r[:, :M]).sign() / 2 + 0.5  # a tie counts as 1/2
         point |= optimality_gap(ref_r, r, kl, beta, cfg.labels)
     return {"point": point | means_and_errors(values), "shown": shown}
 

@@ -20,7 +20,7 @@ from model import GPT, sample
 def fast_response_logps(pi: GPT, ids: Tensor, mask: Tensor) -> Tensor:
     """The same as `dpo.response_logps`, about 1.7 times as fast on a CPU.
 
-    Rows are computed in up to four groups of similar length, to save padding. Logits are computed
+    Rows are computed in up to four groups of similar length, to reduce padding. Logits are computed
     for response tokens only. ids, mask: (B, T); each row needs a response. Returns (B, T) nats.
     """
     ids = ids.to(pi.device)
@@ -51,7 +51,7 @@ def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def by_length(function: Callable, pi: GPT, ids: Tensor, mask: Tensor, what: str) -> Tensor:
-    """function(ids, mask) of R rows, in batches of similar length whose logits take 16 MB."""
+    """function(ids, mask) of R rows, in batches of similar rows with 16 MB of logits at most."""
     order = row_lengths(mask).argsort()
     rows = max(1, (1 << 22) // (pi.config.context * pi.config.vocab_size))
     batches = tqdm(order.split(rows), what, delay=1)
@@ -80,8 +80,8 @@ def mean_kl(pi_theta: GPT, pi_ref: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 def generate(pi: GPT, prompts: TokenLists, n: int, tokenizer, seed: int, what: str):
     """n responses to each prompt: ids, mask and logps (P n, context), as `sample` returns them.
 
-    Also returns the text of each. `what` labels the progress bar, and with `seed` it seeds the
-    random numbers.
+    Also returns the text of each. `what` labels the progress bar and, together with `seed`,
+    seeds the random numbers.
     """
     rng = torch.Generator(pi.device).manual_seed(zlib.crc32(f"{seed} {what}".encode()))
     c = pi.config

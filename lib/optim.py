@@ -24,7 +24,7 @@ def linear_warmup_decay(steps: int) -> Callable[[int], float]:
 
 
 def freeze(pi: GPT, blocks: int):
-    """Do not train the embeddings and the first blocks, unless `blocks` is 0."""
+    """Do not train the embeddings and the first `blocks` blocks. 0 freezes nothing."""
     for module in (pi.wte, pi.wpe, *pi.h[:blocks]) if blocks else ():
         module.requires_grad_(False)
 

@@ -62,12 +62,12 @@ EQUIVALENT = {
 class Mutant(NamedTuple):
     name: str  # "function: before -> after"
     whole: ast.Module
-    node: ast.AST  # a node of the whole
+    node: ast.AST  # a node of `whole`
     edited: ast.AST | None  # what takes its place; None is nothing
 
     @property
     def tree(self) -> ast.Module:
-        """A copy of the whole with the edit."""
+        """A copy of the module with the edit applied."""
         edited = ast.Pass() if self.edited is None else copy.deepcopy(self.edited)
         return ast.fix_missing_locations(copy.deepcopy(self.whole, {id(self.node): edited}))
 

@@ -62,11 +62,11 @@ def test_certain_labels_prefer_the_higher_reward_on_a_tenth_of_the_prompts():
     assert (w > l).all()
 
 
-def test_verbose_labels_pay_for_length(monkeypatch):
-    """At a high price per token the longer response wins nearly always; at none, often not."""
+def test_verbose_labels_favour_length(monkeypatch):
+    """With a large bonus per token the longer response always wins; with none, often not."""
     given, shares = completions(), []
-    for price in (0.0, 10.0):
-        monkeypatch.setattr(ablations, "PER_TOKEN", price)
+    for bonus in (0.0, 10.0):
+        monkeypatch.setattr(ablations, "PER_TOKEN", bonus)
         w, l = given.mask.sum(1)[ablations.verbose(given, TOY, checkpoint(), 0).pairs].T
         shares.append((w > l)[w != l].double().mean().item())
     assert shares[0] < 0.75 and shares[1] == 1.0

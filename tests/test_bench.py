@@ -34,7 +34,7 @@ def run(request, tmp_path_factory):
     return request.param, printed[-1], results, products.dtypes
 
 
-def test_every_task_is_timed_in_every_dtype_with_units(run):
+def test_every_task_is_timed_in_every_supported_dtype(run):
     has_units, printed, results, dtypes = run
     kinds = ["float32", "bfloat16"][: 1 + has_units]
     tasks = [("matmul", "torch"), ("DPO step", "core"), ("DPO step", "train.py")]
@@ -75,7 +75,7 @@ def test_ratios_are_of_one_repetition_and_shares_of_the_matmul_rate():
 
 
 def test_flops_are_those_that_a_loop_over_tokens_counts():
-    """Each weight for each token that is read, each pair of query and key twice; times 3."""
+    """Per token read, one product for each weight; per query and key, two; all times 3."""
     batch = bench.random_preferences(CONFIG, 3)
     L, C, V, count = CONFIG.n_layer, CONFIG.n_embd, CONFIG.vocab_size, 0
     for mask in batch.mask:
@@ -84,7 +84,7 @@ def test_flops_are_those_that_a_loop_over_tokens_counts():
     assert bench.step_flops(CONFIG, batch) == 3 * count
 
 
-def test_pairs_are_those_of_completions_of_one_prompt_that_end():
+def test_pairs_join_completions_of_one_prompt():
     batch = bench.random_preferences(CONFIG, 5)
     w, l = batch.pairs.T
     assert len(batch.pairs) == 5 * 6 and (batch.prompt[w] == batch.prompt[l]).all()

@@ -78,7 +78,7 @@ BAD_FILES = {  # flags, the content of bad.file (None: there is none), a part of
     "init, huge by repetition": (INIT, with_norm(torch.ones(1).expand(10**9)), "cannot be read"),
     "init, not finite": (INIT, with_norm(torch.full((16,), float("nan"))), "not finite"),
     "init, tokens missing": (INIT, saved(GOOD | {"tokens": TOKENS[:-1]}), "vocabulary size"),
-    "init, doubled token": (INIT, saved(GOOD | {"tokens": [*TOKENS[:-1], b"a"]}), "not distinct"),
+    "init, duplicate token": (INIT, saved(GOOD | {"tokens": [*TOKENS[:-1], b"a"]}), "not distinct"),
     "loss, missing": (LOSS, None, "bad.py: cannot be read as a Python file"),
     "loss, a syntax error": (LOSS, b"def f(:", "bad.py: cannot be read as a Python file"),
     "loss, no such function": (LOSS, b"def g(): 1", "'f'"),
@@ -142,7 +142,7 @@ def test_a_bad_flag_gives_one_line_that_names_it(flags, refused):
     assert BAD_FLAGS[flags] in refused(flags.split())
 
 
-def test_links_and_paths_upwards_in_an_archive_write_nothing(tmp_path):
+def test_links_and_parent_paths_in_an_archive_write_nothing(tmp_path):
     """Members are read as a stream. Links and devices are skipped, wherever they point."""
     path = tmp_path / "in" / "a.tar.gz"
     path.parent.mkdir()

@@ -129,7 +129,7 @@ def test_a_run_has_a_row_for_each_method_and_strength(run):
     assert (folder / "table.md").read_text() == compare.table([found]) + "\n"
 
 
-def test_a_second_run_computes_nothing_and_one_more_method_only_itself(run, capsys):
+def test_a_second_run_computes_nothing_and_one_more_method_its_own_stages(run, capsys):
     folder, was = run
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
     assert compare.main([*TINY, "--methods", "dpo", "rso", "ipo", "--out", str(folder)]) == 0

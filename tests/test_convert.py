@@ -175,7 +175,7 @@ BAD_ROWS = [  # a format, what is changed, what the line says after the row's pl
     (SCORES, dict(scores=[1, 2]), "needs 3 scores"),
     (SCORES, dict(scores=[1, 10**400, 2]), "a score is missing"),
     (SCORES, dict(scores=[1, "2", 3]), "a score is missing"),
-    (SCORES, dict(prompt=None), "a message of prompt and instruction is missing"),
+    (SCORES, dict(prompt=None), "a message in prompt or instruction is missing"),
 ]
 BAD = [(lines([PAIR, row | changes]), f", line 2: {says}") for row, changes, says in BAD_ROWS]
 BAD += BAD_FILES
@@ -194,11 +194,11 @@ def test_a_bad_file_gives_one_line_that_names_the_row(content, says, tmp_path, c
     "source, out, says",
     [
         ("none", "out", "cannot be read"),
-        ("in", "in", "exists already"),
+        ("in", "in", "already exists"),
         ("in", "none/out", "No such file"),
     ],
 )
-def test_unusable_paths_are_one_line(source, out, says, tmp_path, monkeypatch, capsys):
+def test_unusable_paths_give_one_line(source, out, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").write_bytes(lines([PAIR]))
     assert convert.main([source, out]) == 2

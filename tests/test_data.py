@@ -86,7 +86,7 @@ def test_decoding_inverts_encoding(text):
 
 
 @pytest.mark.parametrize("tokens", [data.toy_tokens()[1:], [*data.toy_tokens(), b"a"]])
-def test_a_tokenizer_without_all_bytes_or_with_a_doubled_token_is_refused(tokens):
+def test_a_tokenizer_without_all_bytes_or_with_a_duplicate_token_is_refused(tokens):
     with pytest.raises(ValueError, match="256 bytes"):
         data.load_tokenizer(tokens)
 

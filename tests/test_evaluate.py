@@ -30,12 +30,12 @@ def other(toy):
 
 
 def share_above_zero(x: torch.Tensor) -> torch.Tensor:
-    """A tie counts 1/2."""
+    """A tie counts as 1/2."""
     return (x > 0) + 0.5 * (x == 0)
 
 
 def test_a_point_is_what_plain_arithmetic_gives(toy, other):
-    """Means over samples, standard errors over prompts; a tie counts 1/2. pitfalls 22, 25"""
+    """Means over samples, standard errors over prompts; a tie counts as 1/2. pitfalls 22, 25"""
     pi_theta, pi_ref, result = other
     M, P = toy.cfg.eval_samples, toy.cfg.eval_prompts
     how = toy.returned["dataset"].eval_prompts, M, TOKENIZER, 0, "sampling pi_theta"
@@ -60,7 +60,7 @@ def test_a_point_is_what_plain_arithmetic_gives(toy, other):
 
 
 def test_agreement_on_held_out_pairs_is_what_plain_arithmetic_gives(toy, other):
-    """Implicit rewards contain beta; a tie counts 1/2. pitfall 22"""
+    """Implicit rewards contain beta; a tie counts as 1/2. pitfall 22"""
     pi_theta, pi_ref, result = other
     pairs = toy.returned["eval_set"].pairs
     logps, ref_logps = (
@@ -91,7 +91,7 @@ def test_pi_ref_itself_has_no_kl_and_no_margin(toy):
     assert point["kl"] == 0 and abs(point["margin"]) < 0.1
 
 
-def test_the_look_during_training_is_what_plain_arithmetic_gives(toy, other, tmp_path, capsys):
+def test_evaluation_during_training_is_what_plain_arithmetic_gives(toy, other, tmp_path, capsys):
     """All held-out pairs, and a sample for each prompt; log-probabilities give the entropy."""
     pi_theta, pi_ref, result = other
     dataset, eval_set = toy.returned["dataset"], toy.returned["eval_set"]

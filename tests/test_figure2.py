@@ -64,9 +64,10 @@ def made_up(gains: dict[str, list[tuple[float, float]]]) -> dict:
 
 
 def test_a_curve_joins_neighbours_and_marks_wide_gaps():
-    """KL 1.3 lies between 1 and 1.6: measured. 2.8 lies between 1.6 and 4: a gap. 0.5: before 1.
+    """KL 1.3 lies between 1 and 1.6: measured. 2.8 lies between 1.6 and 4: a gap. 0.5 comes
+    before the first run: not measured.
 
-    The curve is no hull, which noise would bias: it falls from 1.6 to 4.
+    The curve is not a hull, which noise would bias: it falls from 1.6 to 4.
     """
     run = made_up({"DPO": [(4.0, 1.0), (1.0, 1.0), (1.6, 2.2)]})
     assert figure2.value_at(run, "DPO", "gain", 1.3) == (pytest.approx(1.6), True)
@@ -120,7 +121,7 @@ def test_no_line_is_drawn_across_a_gap_and_the_papers_points_belong_to_imdb():
 # ------------------------------------------------- PPO and its rewards
 
 
-def test_ppo_s_beta_is_in_nats_of_the_reward():
+def test_ppo_s_beta_is_in_units_of_the_reward_before_scaling():
     """Rewards are scaled to variance 1, and beta with them: 10 r at 10 beta is r at beta."""
 
     def make(scale, reference, device):
@@ -166,7 +167,7 @@ def test_a_run_evaluates_each_policy_once_and_counts_what_it_cost(run):
     assert 0 <= found["reward_model"]["pair_accuracy"] <= 1
 
 
-def test_one_more_beta_computes_itself_alone(run):
+def test_one_more_beta_runs_only_its_own_stages(run):
     folder, _ = run
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
     more = ["--gt-beta", "1", "0.5", "--methods", "PPO-GT", "--out", str(folder)]

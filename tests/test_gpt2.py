@@ -248,7 +248,7 @@ def test_a_failed_download_gives_one_line_and_can_be_repeated(
     failure, then, says, hub, tmp_path, capsys
 ):
     """A failure => no model. After a dropped connection, the second call asks for the rest only,
-    and reads everything if there are no ranges."""
+    and reads everything if the server has no ranges."""
     hub.failure = failure
     assert run("gpt2", "--out", tmp_path / "a.pt") == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -315,7 +315,7 @@ def test_a_folder_that_is_not_a_gpt2_gives_one_line_and_nothing_is_written(what,
     assert "beyond.gpt2: in" in error and says in error
 
 
-def test_damaged_safetensors_are_one_line(refused):
+def test_damaged_safetensors_give_one_line(refused):
     path = publish(Path("in"), file="model.safetensors") / "model.safetensors"
     content = path.read_bytes()
     for damaged in (b"", content[:-9], b"\xff" * 8 + content[8:]):
@@ -328,10 +328,10 @@ def test_damaged_safetensors_are_one_line(refused):
     [
         (["nowhere", "--out", "new"], "nowhere: is not a checkpoint, a folder, or one of gpt2"),
         (["in"], "--out is needed"),
-        (["in", "--out", "in"], "in: exists already"),
+        (["in", "--out", "in"], "in: already exists"),
         (["in", "--out", "nowhere/new.pt"], "nowhere/new.pt: cannot be written"),
         (["in/config.json", "--out", "new"], "cannot be read as a checkpoint"),
     ],
 )
-def test_wrong_arguments_are_one_line(argv, says, refused):
+def test_wrong_arguments_give_one_line(argv, says, refused):
     assert says in refused(*argv)

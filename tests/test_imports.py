@@ -67,7 +67,7 @@ def test_imports_have_no_cycle():
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if not name.startswith("beyond")])
-def test_functions_are_short_and_import_nothing_of_the_project(name):
+def test_functions_are_short_and_import_nothing_from_the_project(name):
     """So that a reader, and lib/stage.py, can follow them by the names of their module."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef):

@@ -24,7 +24,7 @@ def test_unchanged_source_survives():
 
 
 def test_equivalent_mutants_are_mutants(monkeypatch):
-    """A name in EQUIVALENT  =>  it is a mutant of the current dpo.py, and is not in the list"""
+    """A name in EQUIVALENT  =>  it is a mutant of dpo.py, and `mutants` leaves it out"""
     equivalent = set(mutate.EQUIVALENT)
     monkeypatch.setattr(mutate, "EQUIVALENT", {})
     names = {mutant.name for mutant in mutate.mutants(SOURCE)}

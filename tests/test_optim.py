@@ -24,15 +24,15 @@ def trained(optimizer_of) -> list[torch.Tensor]:
     return [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_muon_takes_the_steps_of_torch_optim_muon(units, monkeypatch):
-    """Up to bfloat16 rounding, which is below 5 % of the movement. bfloat16 is used with units."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
+@pytest.mark.parametrize("supported", [True, False])
+def test_muon_takes_the_steps_of_torch_optim_muon(supported, monkeypatch):
+    """Up to bfloat16 rounding, below 5 % of the movement. bfloat16 is used if supported."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     how = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
     with Products() as products:
         ours = trained(lambda params: Muon(params, **how))
-    assert set(products.dtypes) == {torch.bfloat16 if units else torch.float32}
+    assert set(products.dtypes) == {torch.bfloat16 if supported else torch.float32}
     theirs = trained(lambda params: torch.optim.Muon(params, **how))
     start = trained(lambda params: torch.optim.SGD(params, lr=0.0))
     for p, q, before in zip(ours, theirs, start, strict=True):

@@ -95,7 +95,8 @@ def test_words_have_the_colour_of_their_contribution(recorded, content):
 
 
 def test_contributions_depend_on_the_context():
-    """A reward that counts pairs of neighbours => a word counts its pairs, less the new one."""
+    """A reward that counts pairs of neighbours => a word contributes its pairs, minus the one
+    that its removal creates."""
 
     def reward(texts):
         return torch.tensor([float(text.count("not good")) for text in texts])

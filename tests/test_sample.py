@@ -116,7 +116,7 @@ def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
         (["toy", " plot" * 60], "the prompt has 60 tokens; the context has room for 23"),
         (["empty", "the plot"], "there are no models here; python train.py writes them"),
         (["file", "the plot"], "file: cannot be read as a checkpoint"),
-        (["other", "the plot"], "dpo, beta 7 is left from a run with other tokens"),
+        (["other", "the plot"], "dpo, beta 7 has a different tokenizer"),
         (["other/reference.pt", "--show"], "preferences.pt: cannot be read"),
         (["toy", "the plot", "--n", "0"], "--n"),
         (["toy", "the plot", "--temperature", "0"], "--temperature"),

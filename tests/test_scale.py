@@ -97,7 +97,7 @@ def test_state_is_what_parameters_gradients_and_adamw_hold():
 @pytest.mark.parametrize("W", [2, 5])
 def test_bytes_sent_are_those_of_rings(W):
     """W GPUs pass chunks to their neighbour: to reduce-scatter, then to all-gather, N numbers each
-    way => all hold the sum, and each has sent (W - 1) / W of N twice."""
+    time => all hold the sum, and each has sent (W - 1) / W of N twice."""
     numbers = torch.randn(W, W, 7, dtype=torch.double)  # GPU, chunk, numbers of a chunk
     have = numbers.clone()
     for step in range(2 * (W - 1)):

@@ -62,7 +62,8 @@ def cosmetic(source: str) -> str:
 
 @pytest.fixture(params=["toy", "imdb", "own"])
 def calls(request, toy):
-    """A run, and its stages by name. Stages of the toy run, and of further betas, occur once."""
+    """A run, and its stages by name. Functions that the toy run or an earlier beta has are left
+    out."""
     run = request.getfixturevalue(request.param)
     found = {target(function): name for name, (function, _) in reversed(run.calls.items())}
     known = {target(function) for function, _ in toy.calls.values() if run is not toy}

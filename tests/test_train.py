@@ -216,7 +216,7 @@ def test_own_preferences_run_from_the_command_line(here, capsys):
     found = main("--data own.jsonl --beta 1")
     printed = capsys.readouterr().out
     assert "1 of 25 pairs do not fit in --context 24 and are dropped" in printed
-    assert "pairs are held out: their accuracy says little" in printed
+    assert "pairs are held out: accuracy on them says little" in printed
     assert 0 < found["pairs"] < 24
     assert main("--data own.jsonl --beta 1") == found  # from the cache
 
@@ -274,8 +274,8 @@ def test_training_that_diverges_gives_one_line(here, capsys):
 
 
 def test_fine_tuning_weights_texts_by_their_tokens():
-    """A short and a long text disagree about one token => it counts as much in either. A mean over
-    texts of means over tokens would give it 22 times the weight in the short one. pitfall 21"""
+    """A short and a long text disagree about one token => both count equally. A mean over
+    texts of means over tokens would give the short one 22 times the weight. pitfall 21"""
     found = train.sft(tiny.checkpoint(), [[1, 2], [1, *[3] * 22]], 150, 2, 1e-2, 0, CPU)
     p = load_gpt(found, CPU)(torch.tensor([[1]]))[0, 0].float().softmax(-1)
     assert p[[2, 3]].tolist() == pytest.approx([0.5, 0.5], abs=0.1)

@@ -40,7 +40,7 @@ def test_gradient_reaches_both_responses(dpo_loss, p):
     assert (l.abs() > 0).all(), "y_l gets no gradient at the start"
 
 
-@mistake("log(sigmoid(z)) underflows", 15, "one function: torch.nn.functional.logsigmoid(z)")
+@mistake("sigmoid(z) underflows to 0", 15, "one function: torch.nn.functional.logsigmoid(z)")
 @given(z=st.integers(100, 20_000).map(float))
 def test_loss_of_a_hopeless_pair_is_finite(dpo_loss, z):
     """L_DPO(-5) as in Eq. 7  =>  L_DPO(-z) = z for z >> 0, where s(-z) underflows.  pitfall 15"""

@@ -90,7 +90,7 @@ def slope_in_logits(loss, logits, batch):
 def token_batch(seed: int, length: int | None = None):
     """Drawn token log-probabilities, and a batch of which some rows are in no pair.
 
-    Responses have drawn lengths, or one given length.
+    Responses have random lengths, or one given length.
     """
     found = triplets(seed)
     if length:
@@ -256,7 +256,7 @@ def test_ipo_is_smallest_at_a_finite_margin(beta, p, off):
 
 
 @given(beta=betas, p=parts, h=margins)
-def test_hinge_has_no_gradient_iff_the_margin_exceeds_one(beta, p, h):
+def test_hinge_on_certain_labels_has_no_gradient_iff_the_margin_exceeds_one(beta, p, h):
     """y_w wins with probability p, z = beta h  =>  dL/dz = (1 - p) [z > -1] - p [z < 1].
     So p = 1: none iff z > 1.  1/2 < p < 1: the loss falls up to z = 1, and then rises"""
     z = beta * h
@@ -406,7 +406,7 @@ def test_sppo_with_probabilities_fixes_every_log_ratio(w, c):
 
 
 @given(odds=margins.map(lambda h: h / 4).filter(bool))
-def test_log_odds_gap_of_two_arms_is_twice_their_log_ratio(odds):
+def test_log_odds_gap_of_two_responses_is_twice_their_log_ratio(odds):
     """Two responses of one token, pi_l = 1 - pi_w  =>  the log-odds gap is 2 log(pi_w / pi_l)"""
     logp_w, logp_l = F.logsigmoid(number([odds, -odds]))
     _, r_hat_w, r_hat_l = losses.orpo(*rows_at(logp_w, logp_l), 1.0)
@@ -436,7 +436,7 @@ def test_simpo_at_equal_lengths_is_dpo_from_a_uniform_reference(seed, beta):
 
 @given(w=optimiser_worlds, alpha=noises, seed=seeds)
 def test_r_dpo_finds_the_tilt_of_the_length_penalised_reward(w, alpha, seed):
-    """Population labels from r, responses of drawn lengths  =>  R-DPO, which is convex in the
+    """Population labels from r, responses of random lengths  =>  R-DPO, which is convex in the
     logits, is stationary at the tilt of r - alpha |y|"""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 5, w.r.shape, generator=generator).double()

@@ -211,7 +211,7 @@ def test_cached_logits_are_the_uncached_ones(sizes):
 @pytest.mark.parametrize("T, start", [(5, 0), (1, 0), (1, 4), (3, 2)])
 def test_attention_is_the_fused_kernels(T, start):
     """A whole row, the next token after a cache, or several after one  =>  as
-    scaled_dot_product_attention with the mask of earlier positions.  pitfall 4"""
+    scaled_dot_product_attention masked to positions up to the query's.  pitfall 4"""
     q, k, v = torch.randn(3, 2, 2, start + T, 4, dtype=torch.float64)
     seen = torch.ones(T, start + T, dtype=torch.bool).tril(start)
     fused = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=seen)

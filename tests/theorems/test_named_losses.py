@@ -86,7 +86,7 @@ def test_hard_sppo_pins_both_log_ratios(sppo_loss, p):
 
 @mistake("the penalty has the wrong sign or place", None, "-log s(beta (h - lam max(0, -A)))")
 @given(p=pairs, lam=small)
-def test_positive_loss_is_dpos_iff_the_chosen_response_has_not_fallen(dpop_loss, p, lam):
+def test_dpo_positive_is_dpo_iff_the_chosen_response_has_not_fallen(dpop_loss, p, lam):
     """DPOP = -log s(beta (h - lam max(0, -A))) >= DPO, and equal where A >= 0"""
     A, B = p.logp_w - p.ref_logp_w, p.logp_l - p.ref_logp_l
     found, h = dpop_loss(*p, lam), A - B
@@ -113,7 +113,7 @@ def test_simpo_compares_means_with_a_target_margin(simpo_loss, seed, beta, gamma
 
 @mistake("odds of a sum, or without 1 - P", 5, "m = logp / length, odds: exp(m) / (1 - exp(m))")
 @given(seed=seeds, w=st.integers(1, 9), l=st.integers(1, 9))
-def test_odds_ratio_is_of_mean_log_probabilities(orpo_loss, seed, w, l):
+def test_odds_ratio_uses_mean_log_probabilities(orpo_loss, seed, w, l):
     """ORPO's term = -log s(log-odds_w - log-odds_l), odds from the mean log-probability per token.
     pitfall 5"""
     logp, lengths = uniform((2, 1), -20.0, -0.5, seed), number([[w], [l]])
@@ -124,7 +124,7 @@ def test_odds_ratio_is_of_mean_log_probabilities(orpo_loss, seed, w, l):
 
 @mistake("the KL of KTO is from matched pairs", 30, "z_0: mean log-ratio over mismatched pairs")
 @given(seed=seeds)
-def test_reference_point_is_of_mismatched_pairs(kto_reference_point, seed):
+def test_reference_point_uses_mismatched_pairs(kto_reference_point, seed):
     """z_0 does not depend on the matched log-probabilities.  pitfall 30"""
     logp, ref, other, mismatched = uniform((4, 5), -9.0, 0.0, seed)
     shift = mismatched - 1

@@ -50,7 +50,7 @@ def test_optimal_policy_is_a_distribution(optimal_policy, w):
 
 @mistake("pi_ref is left out of Eq. 4", None, "pi_r is pi_ref * exp(r / beta) / Z")
 @given(w=worlds)
-def test_equal_rewards_leave_the_reference(optimal_policy, w):
+def test_equal_rewards_leave_the_reference_unchanged(optimal_policy, w):
     """r = 0  =>  pi_r = pi_ref.  Eq. 4"""
     assert_same(optimal_policy(w.ref_logp, 0 * w.r, w.beta), w.ref_logp)
 
@@ -132,7 +132,7 @@ def test_objective_is_stationary_at_the_optimal_policy(optimal_policy, w):
 
 
 def test_close_rivals_are_worse_by_more_than_the_tolerance():
-    """A wrong optimum at 2 beta loses to the disturbed optimum in nearly every mild world: the test
+    """A wrong optimum at 2 beta loses to a perturbed optimum in nearly every mild world: the test
     above can fail.  pitfall 32"""
     noticed = 0
     for seed in range(100):
@@ -282,9 +282,9 @@ def test_regret_of_a_wrong_reward_is_at_most_twice_its_error(optimal_policy, w, 
     assert_at_most(regret, 2 * error.abs().max())
 
 
-@mistake("a uniform reference is not an entropy bonus", None, "see Eq. 4")
+@mistake("with a uniform reference, the KL is not an entropy bonus", None, "see Eq. 4")
 @given(w=worlds)
-def test_uniform_reference_makes_the_objective_an_entropy_bonus(optimal_policy, w):
+def test_uniform_reference_turns_the_kl_into_an_entropy_bonus(optimal_policy, w):
     """pi_ref uniform over K  =>  J = E r + beta H(pi) - beta log K, largest at softmax(r / beta).
     Eq. 3 and 4"""
     K = len(w.r)

@@ -127,7 +127,7 @@ def test_fresh_pairs_are_scored_under_the_reference(which):
 @given(w=worlds, above=st.integers(0, 8).map(lambda k: k / 4))
 def test_accepted_law_is_the_optimal_policy(w, above):
     """y ~ pi_ref accepted with probability exp((r - r_max) / beta), r_max >= max r  =>  the
-    accepted law is the tilt, and the acceptance rate is Z exp(-r_max / beta).  The single pass"""
+    accepted law is the tilt, and the acceptance rate is Z exp(-r_max / beta)."""
     r_max = w.r.max() + above
     both = w.ref_logp.exp() * pairs.acceptance(w.r, w.beta, r_max)
     best, log_Z = dpo.optimal_policy(w.ref_logp, w.r, w.beta)

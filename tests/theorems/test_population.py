@@ -93,8 +93,8 @@ def test_dpo_on_the_population_finds_the_optimal_policy(w, seed):
 
 @given(w=optimiser_worlds, v=optimiser_worlds, c=st.integers(-12, 12).map(lambda k: k / 4))
 def test_mass_moves_between_unconnected_responses_at_no_loss(w, v, c):
-    """Not without connection: no pair joins two groups of responses  =>  L is the same however mass
-    is split between them, and minimisers agree with pi_r within each group only.  Eq. 7"""
+    """Fails without connection: no pair joins two groups of responses  =>  L is the same however
+    mass is split between them, and minimisers agree with pi_r within each group only.  Eq. 7"""
     n, N = len(w.r), len(w.r) + len(v.r)
     ref_logp, r = torch.cat((w.ref_logp, v.ref_logp)).log_softmax(-1), torch.cat((w.r, v.r))
     inside = [(i, j, 1.0) for i in range(N) for j in range(i) if (i < n) == (j < n)]
@@ -114,7 +114,7 @@ def test_mass_moves_between_unconnected_responses_at_no_loss(w, v, c):
 
 @given(w=optimiser_worlds, c=st.integers(-12, 12).map(lambda k: k / 4))
 def test_response_in_no_pair_takes_any_mass_at_no_loss(w, c):
-    """Not without support: a response in no pair => L does not depend on its probability. Eq. 7"""
+    """Fails without support: a response in no pair => L is independent of its probability. Eq. 7"""
     N = len(w.r)
     assume(N > 2 and c != 0)
     seen = [(i, j, 1.0) for i in range(1, N) for j in range(1, i)]
@@ -127,7 +127,7 @@ def test_response_in_no_pair_takes_any_mass_at_no_loss(w, c):
 
 @given(w=worlds)
 def test_response_without_reference_probability_stays_without(w):
-    """Not without support: pi_ref(y) = 0  =>  pi_r(y) = 0, whatever its reward.  Eq. 4"""
+    """Fails without support: pi_ref(y) = 0  =>  pi_r(y) = 0, whatever its reward.  Eq. 4"""
     ref_logp = torch.cat((w.ref_logp, number([-math.inf])))
     best, _ = dpo.optimal_policy(ref_logp, torch.cat((w.r, number([1000.0]))), w.beta)
     assert best[-1].exp() == 0
@@ -159,7 +159,7 @@ def best_in_class(r) -> torch.Tensor:
 
 
 def test_misspecified_class_can_prefer_the_worse_response_and_lose_reward():
-    """Not without realisability: a softmax with one parameter, r = (1, 0, -1), pairs mostly (1, 2)
+    """Fails without realisability: one-parameter softmax, r = (1, 0, -1), pairs mostly (1, 2)
     =>  DPO raises the worst response most and has less reward than pi_ref; the optimum of Eq. 3
     within the class does not.  Eq. 3 and Eq. 7"""
     w, logp = CLASS_WORLD, in_class(dpo_in_class(MOSTLY_FIRST_TWO))
@@ -171,7 +171,7 @@ def test_misspecified_class_can_prefer_the_worse_response_and_lose_reward():
 
 
 def test_minimiser_in_a_misspecified_class_depends_on_the_shares_of_pairs():
-    """Not without realisability: other shares of the same pairs => another minimiser, here of the
+    """Fails without realisability: other shares of the same pairs => another minimiser, here of the
     opposite sign; over all policies the minimiser is the same. Eq. 7"""
     assert dpo_in_class(MOSTLY_FIRST_TWO) > 0.1 and dpo_in_class(EVENLY) < -0.1
     batches = [population(UNIFORM, CLASS_WORLD.r, drawn) for drawn in (MOSTLY_FIRST_TWO, EVENLY)]

@@ -98,7 +98,7 @@ def test_gae_is_its_definition(seed, lam):
 @given(seed=seeds, scale=st.integers(1, 8), shift=st.integers(-8, 8))
 def test_whitened_advantages_have_mean_0_and_variance_1(seed, scale, shift):
     """Any advantages  =>  mean 0 and variance 1 over the tokens under the mask, 0 outside; an
-    increasing linear map of the advantages changes nothing"""
+    increasing affine map of the advantages changes nothing"""
     mask, A, _ = drawn_tokens([0], seed)
     found = ppo.whiten(A, mask)
     assert_same(found[mask].mean(), 0.0)

@@ -30,7 +30,7 @@ def rankings(N: int) -> torch.Tensor:
 # ------------------------------------------------- Bradley-Terry
 
 
-@mistake("the preference is turned round", 31, "p(y_1 > y_2) = sigmoid(r_1 - r_2)")
+@mistake("the preference is reversed", 31, "p(y_1 > y_2) = sigmoid(r_1 - r_2)")
 @given(r=rewards)
 def test_bradley_terry_prefers_the_higher_reward(bradley_terry, r):
     """r_1 > r_2  <=>  p*(y_1 > y_2) > 1/2.  Eq. 1"""

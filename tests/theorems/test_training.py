@@ -173,7 +173,7 @@ def test_first_loss_is_ln_2(training_step, seed):
         assert_same(loss, LN_2, STEP)
 
 
-@mistake("the steps do not fit one batch", 13, "let gradients reach all parameters")
+@mistake("training cannot overfit one batch", 13, "let gradients reach all parameters")
 def test_one_batch_can_be_overfitted(training_step):
     """One order of each pair, enough steps  =>  the loss leaves ln 2 for almost 0.  pitfall 13"""
     pi, reference, batch = gpt(0, context=6), gpt(0, context=6), pair_batch(1)

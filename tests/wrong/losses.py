@@ -205,7 +205,7 @@ def chosen_and_rejected_confused(w, l, ref_w, ref_l, beta):
 
 
 @wrong("bradley_terry", 31, "bradley_terry_prefers_the_higher_reward")
-def preference_turned_round(r_1, r_2):
+def reversed_preference(r_1, r_2):
     return torch.sigmoid(r_2 - r_1)
 
 
@@ -234,7 +234,7 @@ def not_normalised(ref_logp, r, beta):
     return ref_logp + r / beta
 
 
-@wrong("optimal_policy", None, "equal_rewards_leave_the_reference")
+@wrong("optimal_policy", None, "equal_rewards_leave_the_reference_unchanged")
 def softmax_of_the_reward(ref_logp, r, beta):
     return (r / beta).log_softmax(-1)
 
@@ -279,7 +279,7 @@ def robust_not_divided(w, l, ref_w, ref_l, beta, epsilon):
     return -(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)
 
 
-@wrong("orpo_loss", 5, "odds_ratio_is_of_mean_log_probabilities")
+@wrong("orpo_loss", 5, "odds_ratio_uses_mean_log_probabilities")
 def odds_of_sums(logp_w, logp_l, length_w, length_l):
     odds_w, odds_l = (v - torch.log1p(-v.exp()) for v in (logp_w, logp_l))
     return -F.logsigmoid(odds_w - odds_l)
@@ -290,7 +290,7 @@ def simpo_of_sums(logp_w, logp_l, length_w, length_l, beta, gamma):
     return -F.logsigmoid(beta * (logp_w - logp_l) - gamma)
 
 
-@wrong("kto_reference_point", 30, "reference_point_is_of_mismatched_pairs")
+@wrong("kto_reference_point", 30, "reference_point_uses_mismatched_pairs")
 def kl_of_matched_pairs(logp, ref_logp, mismatched_logp, mismatched_ref_logp):
     return (logp - ref_logp).mean().clamp(min=0).detach()
 
