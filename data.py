@@ -2,7 +2,7 @@
 
     reviews -> openings -> prompts -> (completions of pi_ref, see train.py) -> preferences
 
-There are two datasets. *toy*: a seeded grammar writes the reviews, and r* is the sum of the weights
+There are two datasets. *toy*: reviews are sampled from a grammar, and r* is the sum of the weights
 of their words. *imdb*: the Large Movie Review Dataset (Maas et al. 2011), and r* is the logit of a
 sentiment classifier that beyond/reward.py trained. As in section 6.1 of the paper, r* both labels
 the preferences and evaluates the policies. Rewards are in nats: r*(x, y_1) - r*(x, y_2) is the
@@ -136,7 +136,7 @@ def toy_tokens() -> list[bytes]:
 
 
 def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
-    """Reviews from the grammar: some for pi_ref, others for prompts, and others for evaluation."""
+    """Reviews from the grammar: some for pi_ref, some for prompts, and the rest for evaluation."""
     n = sizes.reviews
     m = n + 2 * sizes.prompts
     texts = toy_reviews(m + 4 * sizes.eval_prompts + 500, seed)

@@ -9,8 +9,8 @@ those of version 3.
     r_hat(x, y) = beta log( pi_theta(y|x) / pi_ref(y|x) )
 
     symbol      in the paper                           here
-    x           prompt                                 ids before the mask
-    y_w, y_l    preferred and dispreferred response    two rows of ids, under the mask
+    x           prompt                                 the ids before the response
+    y_w, y_l    preferred and dispreferred response    two rows of ids; a mask marks the response
     pi_theta    the policy being trained               nn.Module: ids (B, T) -> logits (B, T, V)
     pi_ref      the frozen reference policy            nn.Module of the same kind
     beta        the weight of the KL penalty           a float
@@ -236,7 +236,7 @@ def train(
     processes, `beyond.distributed` uses the sum over all processes.
 
     Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall; grad_norm. All are
-    from before the step.
+    measured before the step.
     """
     device = next(pi_theta.parameters()).device
     for prompts in batches:

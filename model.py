@@ -38,7 +38,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     T, S = q.size(2), k.size(2)
     if T == S and (q.is_cuda or q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # With a cache, and in bfloat16 on a CPU, explicit matmuls are faster at these lengths.
+    # With a cache, or in bfloat16 on a CPU, explicit matmuls are faster at these lengths.
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, nh, T, S)
     future = torch.full((T, S), -torch.inf, device=q.device).triu(start + 1)
     return (scores + future).softmax(-1).to(v.dtype) @ v
@@ -114,7 +114,7 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """The final hidden states (B, T, C) of ids (B, T).
 
-        With a cache from `new_cache`, the ids stand at positions start, start + 1, ... of sequences
+        With a cache from `new_cache`, the ids are at positions start, start + 1, ... of sequences
         whose first `start` tokens were passed in earlier calls.
         """
         with self.autocast():

@@ -53,14 +53,14 @@ class Config:
     context: int = flag(24, "tokens of prompt and response together", 8)
     shape: tuple = (2, 4, 64)  # blocks, heads and width of a model with random weights
     reviews: int = flag(12_000, "reviews to fine-tune pi_ref on", 1)
-    sft_steps: int | None = flag(300, "fine-tuning steps; own data: 2 epochs", 0)
+    sft_steps: int | None = flag(300, "fine-tuning steps; your own data: 2 epochs", 0)
     sft_batch_size: int = 32
     prompts: int = flag(2_000, "prompts to collect preferences on", 1)
     completions: int = flag(8, "completions per prompt", 2)
     frozen: int = flag(0, "N > 0: DPO freezes the embeddings and first N blocks", 0)
     optimizer: str = flag("sgd", "DPO optimizer", choices=tuple(OPTIMIZERS))
-    lr: float = flag(0.009, "peak learning rate at beta 1, times beta^-1.25; tuned for sgd", 1e-12)
-    epochs: int | None = flag(1, "DPO epochs; own data: enough for 100 steps", 1)
+    lr: float = flag(0.009, "peak learning rate at beta 1 (times beta^-1.25), tuned for sgd", 1e-12)
+    epochs: int | None = flag(1, "DPO epochs; your own data: enough for 100 steps", 1)
     batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
     ref_samples: int = flag(256, "samples of pi_ref per prompt", 16)
@@ -293,7 +293,7 @@ def main(argv) -> int:
     def work():
         table = run(cfg, Stage(args.out), args.device)
         see = f"see {args.out / 'figure.png'}; next: python -m beyond.sample {args.out}"
-        return f"{table}\n{see}, or another --loss or --beta"
+        return f"{table}\n{see}  (or another --loss or --beta)"
 
     return cli.run_cli("train.py", args.out, args.debug, work)
 

@@ -1,7 +1,7 @@
 """Six studies, each of a known failure of DPO and of proposed fixes.
 
     python -m beyond.ablations [train.py's flags] [--studies noise certainty ...]
-    python -m beyond.ablations --summary DIR DIR ...     # table and figure over finished runs
+    python -m beyond.ablations --summary DIR DIR ...     # table and figure for finished runs
 
     noise           a fifth of the labels are flipped           DPO, cDPO, robust DPO, IPO
     certainty       the better response always wins             DPO, IPO
@@ -155,7 +155,7 @@ def train_epochs(
     rounds: int,
     device: torch.device,
 ) -> dict:
-    """Several epochs over the same pairs, each with its own schedule, as for fresh pairs.
+    """Several epochs over the same pairs, each with its own schedule, as if the pairs were new.
 
     Returns the checkpoint after each, and the mean change in log pi(y_w) and log pi(y_l), A and B.
     """
@@ -246,7 +246,7 @@ def epochs(stage: Stage, e: Experiment) -> dict[str, dict]:
 
 
 def coverage() -> dict[str, dict]:
-    """Four responses; pairs compare the first two, and the last two.
+    """Four responses; pairs within the first and last two, with and without one that connects them.
 
     Minimises the expectation of Eq. 7 over Bradley-Terry labels at beta 1, from a uniform pi_ref.
     """

@@ -1,4 +1,4 @@
-"""Offers the losses of TRL and Hugging Face models to `beyond.conformance`.
+"""Offers TRL's losses, and Hugging Face models, to `beyond.conformance`.
 
     pip install trl transformers
     python -m beyond.conformance beyond.adapters

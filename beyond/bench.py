@@ -8,7 +8,7 @@ A DPO step (forward, backward, clipping, optimizer) is timed with `dpo.response_
 preferences between 4 completions of each of 16 prompts.
 
 Every repetition runs each task once, and ratios are taken within it, so that load on the machine
-affects all tasks alike. The table has medians. "of matmul rate" is a task's FLOPs per second,
+affects all tasks alike. The table has medians. "share of peak" is a task's FLOPs per second,
 without counting padding, relative to a large matrix product. Dtypes that the processor does not
 support natively are skipped. OMP_NUM_THREADS sets the number of threads.
 
@@ -258,7 +258,7 @@ def summarise(tasks: list[Task], rates: np.ndarray) -> list[dict]:
 
 
 def table(results: dict) -> str:
-    titles = ("task", "by", "dtype", "per second", "train.py / this", "of matmul rate", "loss")
+    titles = ("task", "by", "dtype", "per second", "train.py / this", "share of peak", "loss")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in results["rows"]:
         ratio = "{ratio:.2f} ({ratio_min:.2f} to {ratio_max:.2f})" if "ratio" in row else ""

@@ -134,13 +134,13 @@ def true_reward(dataset: Dataset, reference: dict) -> Reward:
 
 
 def sampler(policy: dict, seed: int, what: str, device: torch.device) -> Sample:
-    """Responses of a policy, as `model.sample` returns them."""
+    """A function that samples from a policy, as `model.sample` does."""
     pi, tokenizer = load_gpt(policy, device), load_tokenizer(policy["tokens"])
     return lambda prompts: generate(pi, prompts, 1, tokenizer, seed, what)[0]
 
 
 def scorer(reference: dict, device: torch.device) -> Score:
-    """log pi_ref of token ids."""
+    """A function that computes log pi_ref of token ids."""
     return partial(compute_logps, load_gpt(reference, device))
 
 
@@ -317,7 +317,7 @@ def command(
     table: Callable,
     draw: Callable,
 ) -> int:
-    """Run an experiment; with `--summary DIR DIR ...`, print the table over finished runs,
+    """Run an experiment; with `--summary DIR DIR ...`, print the table for finished runs,
     and draw their figure.
 
     run: (cfg, stage, device) -> results. table, draw: a list of results -> Markdown, Figure.
@@ -343,7 +343,7 @@ def command(
 
 
 def summarise(prog: str, folders: list[Path], table: Callable, draw: Callable) -> int:
-    """Print the table over finished runs, and draw their figure next to the first folder.
+    """Print the table for finished runs, and draw their figure next to the first folder.
 
     For results/figure2-0 it is results/figure2.png.
     """

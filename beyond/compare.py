@@ -1,12 +1,11 @@
 """Each method in beyond/ compared with DPO, from one pi_ref and the same prompts: gain against KL.
 
     python -m beyond.compare [train.py's flags] [--methods dpo ipo ...]
-    python -m beyond.compare --summary DIR DIR ...     # table and figure over finished runs
+    python -m beyond.compare --summary DIR DIR ...     # table and figure for finished runs
 
 As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per prompt and 48
 samples of pi_theta per evaluation prompt. Each method is run at two strengths, for
-instance two betas. Methods differ in the
-loss, its learning rate, and for some in the pairs.
+instance two betas. Methods differ in the loss and its learning rate, and some also in the pairs.
 
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
 as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
@@ -170,7 +169,7 @@ METHODS = {
         losses.simpo,
         {"beta": (7.0, 3.5), "gamma": 0.5},
         (0.6, 1),
-        "7 beta, as responses have about 7 tokens",
+        "7 x DPO's, as responses have about 7 tokens",
     ),
     "dpop": Method(
         losses.dpop,
@@ -220,7 +219,7 @@ class Config(train.Config):
     batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1)
     methods: tuple = flag(tuple(METHODS), "methods to run", choices=tuple(METHODS))
-    times: float = flag(1.0, "multiply the learning rate of every method", 1e-6)
+    times: float = flag(1.0, "factor for the learning rate of every method", 1e-6)
 
 
 # ------------------------------------------------- training
@@ -344,7 +343,7 @@ def table(runs: list[dict]) -> str:
 
 
 def with_fraction(runs: list[dict]) -> dict[str, list[list[dict]]]:
-    """For each method the points of all seeds, at each strength at which all have a fraction."""
+    """For each method the points of all seeds, at each strength where every seed has a fraction."""
     found = {}
     for points in zip(*(run["points"] for run in runs), strict=True):
         if all(p["fraction_of_optimal"] is not None for p in points):
@@ -393,8 +392,8 @@ def family(name: str) -> str:
 def draw(runs: list[dict]) -> Figure:
     """The fraction of the attainable gain at two strengths, sorted within families of methods.
 
-    The mean over seeds is labelled with its KL. Each seed is a small point. Runs whose optimum
-    cannot be estimated for some seed are left out.
+    The mean over seeds is labelled with its KL. Each seed is a small point. A strength
+    is left out if the optimum cannot be estimated for one of the seeds.
     """
     found = with_fraction(runs)
     order = sorted(found, key=lambda name: mean_fractions(found[name]).mean())

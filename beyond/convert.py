@@ -154,7 +154,7 @@ def transcript(messages: list, name: str) -> str:
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in SPEAKER:
-            raise BadInput(f"{name} has a message with the role {role!r}, not {list(SPEAKER)}")
+            raise BadInput(f"{name} has the role {role!r}, which is not one of {list(SPEAKER)}")
         content = checked(message.get("content"), f"a message in {name}")
         text += f"\n\n{SPEAKER[role]}: {content}"
     return checked(text, name)

@@ -26,7 +26,7 @@ def load_loss(name: str, arguments: tuple[str, ...]) -> Callable:
         values = {key: float(value) for key, value in (a.split("=") for a in arguments)}
         inspect.signature(loss).bind(None, None, beta=1.0, **values)
     except (ValueError, TypeError) as e:
-        wanted = "must take (logps, batch, beta) and --loss-args NAME=VALUE"
+        wanted = "must take (logps, batch, beta) and what --loss-args names"
         raise BadInput(f"--loss {name}: {wanted} ({e})") from e
     return partial(loss, **values)
 
@@ -36,6 +36,6 @@ def load_file(path: Path) -> ModuleType:
         module = ModuleType(f"user_{path.stem}")
         module.__file__ = str(path.resolve())
         sys.modules[module.__name__] = module  # so that the function's code can be found
-        # An import could run bytecode of a version of the same length, saved in the same second.
+        # An import could run stale bytecode after an edit within a second that keeps the length.
         exec(compile(path.read_bytes(), module.__file__, "exec"), vars(module))
         return module

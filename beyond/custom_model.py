@@ -20,7 +20,7 @@ def read_checkpoint(path: Path) -> dict:
         weights = {name: weight.float() for name, weight in found["weights"].items()}
         config = found["config"]
         if config["n_layer"] > len(weights) or config["n_embd"] % config["n_head"]:
-            raise ValueError("its config and its weights do not fit together")
+            raise ValueError("its config and weights do not match")
         with torch.device("meta"):  # checks names and shapes, and allocates nothing
             GPT(GPTConfig(**config)).load_state_dict(weights, assign=True)
         if load_tokenizer(found["tokens"]).n_vocab != config["vocab_size"]:

@@ -72,7 +72,7 @@ def train_sharded(pi: GPT, preferences: dpo.Preferences, loss: dpo.Loss, optimiz
                   batches: list[torch.Tensor], lr: float, job: Job):  # fmt: skip
     """Like `dpo.train`, for all processes, with warmup, decay and distributed checkpoints.
 
-    Yields the metrics of whole batches as floats, including those of the steps before a resume.
+    Yields the metrics of whole batches as floats, including those from before a restart.
     """
     rank, N, steps = dist.get_rank(), dist.get_world_size(), len(batches)
     if min(map(len, batches)) < N:

@@ -1,9 +1,9 @@
 """Two experiments behind figure 2: when does PPO with a learned reward gain more than DPO?
 
     python -m beyond.explain [train.py's flags] [--sizes N N ...]
-    python -m beyond.explain --summary DIR DIR ...     # verdicts over finished runs
+    python -m beyond.explain --summary DIR DIR ...     # verdicts for finished runs
 
-pairs   DPO and PPO from the preferences of 200, 1,000 and 5,000 prompts. PPO's reward model is
+pairs   DPO and PPO trained on preferences for 200, 1,000 and 5,000 prompts. PPO's reward model is
         trained on the same pairs. Prediction (Swamy et al. 2503.01067): PPO leads when pairs are
         few, because a reward is easier to learn than the policy that is optimal for it.
 class   PPO with three reward models trained on the same pairs: a GPT; a bag of tokens, which is the

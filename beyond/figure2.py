@@ -1,7 +1,7 @@
 """Figure 2 (left) of the paper with all of its methods: gain in true reward against KL.
 
     python -m beyond.figure2 [train.py's flags] [--methods DPO PPO ...]
-    python -m beyond.figure2 --summary DIR DIR ...     # the paper's claims, over finished runs
+    python -m beyond.figure2 --summary DIR DIR ...     # the paper's claims, for finished runs
 
     DPO             Eq. 7, at each --beta
     PPO             Eq. 3 with a reward model trained on the same pairs, at each --ppo-beta
@@ -10,7 +10,7 @@
     Unlikelihood    -log pi(y_w) + alpha log pi(y_l), alpha 0.05, 0.1, 0.5, 1
     best of N       the best of N samples of pi_ref by r*, at a bound on its KL
 
-Each run is evaluated once, after training. A method's curve joins its runs in the order of their
+Each run is evaluated once, after training. A method's curve joins its runs in order of
 KL. No run is left out because of its reward, so the mean of a curve over seeds is not biased
 upward, unlike the mean of a hull over noisy points.
 
@@ -55,7 +55,7 @@ IMDB_PPO_BETAS = (0.9, 0.73, 0.59, 0.48, 0.39, 0.32, 0.27)
 IMDB_GT_BETAS = (0.9, 0.73, 0.59, 0.48, 0.43, 0.39, 0.32)
 PPO_BETAS = (1.0, 0.78, 0.61, 0.47, 0.36, 0.28, 0.21, 0.16)  # with a learned reward
 GT_BETAS = (1.0, 0.75, 0.57, 0.44, 0.36, 0.31, 0.275, 0.25)  # with the true reward
-ALPHAS = {0.05: 0.33, 0.1: 0.33, 0.5: 0.1, 1.0: 0.1}  # Unlikelihood -> learning rate, times --lr
+ALPHAS = {0.05: 0.33, 0.1: 0.33, 0.5: 0.1, 1.0: 0.1}  # alpha -> learning rate in units of --lr
 GRID = (0.5, 1, 1.5, 2, 3, 4, 6, 8)  # KL at which methods are compared, nats
 WIDE = 1.6  # a factor between neighbouring KLs
 
@@ -282,7 +282,7 @@ def cost(one: dict, name: str, e: Experiment, stage: Stage) -> dict[str, float]:
 
 
 def curve(run: dict, method: str, y: str) -> list[tuple[float, float]]:
-    """(KL, y) of pi_ref and of a method's runs, in the order of KL."""
+    """(KL, y) of pi_ref and of a method's runs, in order of KL."""
     rows = [p for p in run["points"] if p["method"] == method]
     if method == "optimum":
         rows = [row for row in run["optimum"] if row["reliable"]]
@@ -436,7 +436,7 @@ PAPER = {"DPO": [(5, 1.0), (2.5, 0.9)], "PPO": [(2, 0.53), (11, 0.92)]}  # appro
 
 def draw(runs: list[dict]) -> Figure:
     """Gain against KL, for small and for all KL; P(positive), on IMDb with values read from the
-    paper's figure; and the largest gain against the time of training. Means over seeds.
+    paper's figure; and the largest gain against training time. Means over seeds.
     """
     results = common.average(runs)
     figure = Figure((11, 9), layout="constrained")

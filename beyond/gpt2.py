@@ -120,7 +120,7 @@ def promised(headers, linked: dict[str, str], have: int) -> tuple[int, str]:
     tag = linked.get("X-Linked-ETag") or headers["ETag"] or ""
     found = re.fullmatch(r'(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?', tag)
     if not found:
-        raise OSError(f"the server gives no checksum, but ETag {tag!r}")
+        raise OSError(f"the server's ETag {tag!r} is not a checksum")
     return int(size), found[1]
 
 
@@ -223,7 +223,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     path = folder / "pytorch_model.bin"
     if not path.exists():
-        raise ValueError("there is no model.safetensors and no pytorch_model.bin")
+        raise ValueError("there is neither model.safetensors nor pytorch_model.bin")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -2,8 +2,8 @@
 
     python -m beyond.judge out [--imdb aclImdb_v1.tar.gz] [--samples 16]
 
-r* labelled the preferences, so a policy could exploit its errors. The judge is used for nothing
-else. It shares no features, tokens or training recipe with r*: it is naive Bayes on the
+r* labelled the preferences, so a policy could exploit its errors. The judge is used only for
+this comparison. It shares no features, tokens or training recipe with r*: it is naive Bayes on the
 presence of one to three neighbouring tokens of pi_ref's BPE, reweighted by logistic regression on
 the log-count ratios (NB-SVM, Wang and Manning 2012). It is trained on whole reviews and on their
 first 40 tokens, and tested on test reviews.

@@ -11,7 +11,7 @@ instance `partial(cdpo, beta=0.1, epsilon=0.2)`. The implicit reward r_hat is be
 log-ratio unless stated otherwise.
 
 "Optimum" is where the expected loss is smallest: over all policies ("tilt" is Eq. 4), or, for one
-pair that y_w wins with probability p, over its log-ratios.
+pair in which y_w wins with probability p, over its log-ratios.
 
 Log-ratios are sums over tokens, even for IPO. ORPO and SimPO use means, as their papers do.
 """
@@ -135,7 +135,7 @@ def kto(
 
 
 def reference_point(logps: Tensor, batch: Preferences) -> Tensor:
-    """z_0 = max(0, mean log pi_theta(y'|x) / pi_ref(y'|x)) of the rows in no pair.
+    """z_0 = max(0, mean log pi_theta(y'|x) / pi_ref(y'|x)) of the rows that belong to no pair.
 
     What z_0 estimates depends on the origin of these rows:
 
@@ -152,7 +152,7 @@ def reference_point(logps: Tensor, batch: Preferences) -> Tensor:
 
 
 def unpaired_log_ratio(logps: Tensor, batch: Preferences) -> Tensor:
-    """The mean log-ratio of the rows in no pair, in nats, or 0 if there are none."""
+    """The mean log-ratio of the rows that belong to no pair, in nats, or 0 if there are none."""
     log_ratio = (logps - batch.ref_logps).sum(-1).detach()
     unpaired = ~is_paired(batch)
     return (log_ratio * unpaired).sum() / unpaired.sum().clamp(min=1)
@@ -162,7 +162,7 @@ Score = Callable[[Tensor, Tensor], Tensor]  # ids, mask (B, T) -> log pi_ref (B,
 
 
 def with_mismatched(preferences: Preferences, score: Score, rng: random.Random) -> Preferences:
-    """Add a row for each prompt x, in no pair: a random completion of another prompt, after x.
+    """Add an unpaired row for each prompt x: a random completion of another prompt, after x.
 
     The completion is cut where the row would exceed T. score: log-probabilities under pi_ref, for
     instance `partial(dpo.response_logps, pi_ref)`. Raises ValueError if all prompts are the same.
@@ -185,7 +185,7 @@ def with_mismatched(preferences: Preferences, score: Score, rng: random.Random) 
 
 
 def with_samples(preferences: Preferences, sample: Sample, score: Score) -> Preferences:
-    """Add a row for each prompt x, in no pair: a response that pi_theta samples for x.
+    """Add an unpaired row for each prompt x: a response that pi_theta samples for x.
 
     sample: for instance `partial(model.sample, pi_theta, end=end)`. score: as in `with_mismatched`.
     """
@@ -311,9 +311,10 @@ def r_dpo(logps: Tensor, batch: Preferences, beta: float, alpha: float = 0.05) -
 
 
 def ld_dpo(logps: Tensor, batch: Preferences, beta: float, alpha: float = 0.5) -> PairLosses:
-    """Eq. 7, where tokens beyond the shorter response's length count alpha times.  2409.06411.
+    """Eq. 7, where tokens beyond the shorter response's length are weighted by alpha.  2409.06411.
 
-    Tokens of pi_theta, pi_ref and r_hat are all weighted this way, so the loss starts at ln 2.
+    Log-probabilities under pi_theta and pi_ref, and so r_hat, are weighted this way, so the loss
+    starts at ln 2.
     Optimum: at alpha = 1, or if y_w and y_l have the same length, this is DPO.
     """
     shorter = torch.minimum(*pair_lengths(batch))[:, None]  # (n, 1)

@@ -1,7 +1,7 @@
 """The figures of a run, and one page with figures, table, settings, command and samples.
 
 `write_results` writes out/results.json after each beta; everything else comes from that file.
-train.py draws the figures and the page at its end, and `python -m beyond.page out` redraws them.
+train.py draws the figures and the page when it ends, and `python -m beyond.page out` redraws them.
 The page is self-contained. In the samples, the colour of a word is its contribution in context:
 r*(text) - r*(text without the word), in nats. Words that raise r* are green and underlined, and
 words that lower it are red with a dotted underline; blue and orange stand for pi_ref and pi_theta.
@@ -47,7 +47,7 @@ COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # 
 ORANGE, BLUE = "#d95f02", "#1b6ca8"  # pi_theta and pi_ref
 TICKS = (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 25, 40)  # KL, nats
 LARGE = 30  # nats: a KL above it is pointed out
-STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the least contribution that is coloured
+STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the smallest contribution that is coloured
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --line: #ccc; --soft: #f4f4f4;
         --plus: 0, 140, 60; --minus: 205, 35, 50; --blue: #1b6ca8; --orange: #b84f00 }
@@ -378,9 +378,7 @@ def summary(results: dict) -> str:
         name = method(results["config"])
         table.append(f"{name} attains {share} of the largest possible gain at its KL.")
     if others := [f"{p['beta']:g}" for p in points if results["frontier"] and not is_known(p)]:
-        table.append(
-            f"At beta {', '.join(others)} the largest possible gain cannot be estimated (-)."
-        )
+        table.append(f"At beta {', '.join(others)} the fraction is unknown or too uncertain.")
     if far := [f"{p['beta']:g}" for p in points if p["kl"] > LARGE]:
         what = f"At beta {', '.join(far)} the KL is above {LARGE} nats"
         table.append(f"{what}: if the samples are degenerate, lower --lr or --epochs.")

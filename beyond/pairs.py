@@ -91,8 +91,8 @@ def rejection_sampling(r: list[float], beta: float, K: int, rng: random.Random) 
     where r_max is the maximum of those left at the start of the sweep. Remove the accepted ones,
     and repeat until K are accepted. Every sweep accepts at least the best of those left.
 
-    The accepted samples follow Eq. 4 only approximately: r_max is the maximum of a sample, and
-    samples are drawn without replacement. At K = len(r) all are accepted. The paper's listing
+    The accepted samples follow Eq. 4 only approximately: r_max is these samples' maximum, and
+    they are drawn without replacement. At K = len(r) all are accepted. The paper's listing
     merges identical samples, so the result ignores how often pi_ref draws each. Here each sample
     counts.
     Raises ValueError if there are fewer than K samples.

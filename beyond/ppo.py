@@ -81,7 +81,7 @@ def token_values(critic: ValueModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(r_phi: ValueModel, batch: Preferences) -> tuple[Tensor, Tensor]:
-    """Eq. 2 of each pair, and whether r_phi orders it as labelled (a tie is 1/2), (n,) each."""
+    """Eq. 2 for each pair, and whether r_phi orders it as labelled (a tie is 1/2), (n,) each."""
     r = at_last_token(r_phi(batch.ids), batch.mask)  # (R,)
     r_w, r_l = r[batch.pairs].T
     margin = r_w - r_l
@@ -176,7 +176,7 @@ def token_rewards(r: Tensor, log_ratio: Tensor, mask: Tensor, beta: float) -> Te
     """r_t = -beta log( pi_old(y_t|.) / pi_ref(y_t|.) ), plus r at the last token.
 
     r: (B,). log_ratio, mask: (B, T). Returns (B, T), 0 outside the mask. The sum over T is r - beta
-    log( pi_old(y|x) / pi_ref(y|x) ), and its mean over samples is Eq. 3.
+    log( pi_old(y|x) / pi_ref(y|x) ), and its mean over samples estimates Eq. 3.
     """
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
     return torch.where(is_last, r[:, None], 0.0) - beta * log_ratio.masked_fill(~mask, 0.0)

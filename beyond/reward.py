@@ -3,8 +3,8 @@
     python -m beyond.reward [--imdb aclImdb_v1.tar.gz]
 
 Logistic regression on the words of the 25,000 labelled training reviews takes five seconds. The
-file also has the accuracy on the 25,000 test reviews. It is committed, so train.py does not need
-this command.
+file also has the accuracy on the 25,000 test reviews. The file is committed, so train.py does not
+need this command.
 """
 
 import argparse

@@ -96,7 +96,7 @@ def read_reference(folder: Path) -> dict | None:
 
 
 def read_config(folder: Path) -> dict:
-    """The settings in results.json, or {} before the run has ended."""
+    """The settings in results.json, or {} before the first beta is done."""
     path = folder / "results.json"
     if not path.exists():
         return {}
@@ -200,10 +200,10 @@ def order_pairs(path: Path, models: Models, n: int) -> str:
         logps = compute_logps(pi, pairs.ids, pairs.mask)
         _, r_hat_w, r_hat_l = dpo(logps, pairs, beta)
         order = (r_hat_w - r_hat_l).argsort(descending=True).tolist()
-        for title, chosen in (("best", order[:n]), ("worst", order[-n:][::-1])):
+        for title, chosen in (("largest", order[:n]), ("smallest", order[-n:][::-1])):
             wrong = int((r_hat_w < r_hat_l).sum())
-            about = f"{len(order)} held-out pairs, {wrong} of which are misordered"
-            lines.append(f"{name}: the {title}-ordered pairs of {about}")
+            about = f"{len(order)} held-out pairs, {wrong} misordered"
+            lines.append(f"{name}: the {title} margins ({about})")
             for i in chosen:
                 w, l = pairs.pairs[i].tolist()
                 lines.append(f"  chosen    r_hat {r_hat_w[i]:+7.2f}  {printable(texts[w])}")

@@ -5,15 +5,15 @@
     N  parameters    L  layers    C  width    V  vocabulary    T  tokens of a row    W  GPUs
 
 Assumptions: AdamW; parameters, gradients and moments are float32 and sharded over W GPUs;
-`fully_shard` of each block and of the rest, with param_dtype bfloat16 and reduce_dtype float32;
-activation checkpointing of each block; attention that does not keep its probabilities; one pair
-for each GPU; log pi_ref computed before training. Sizes are in bytes, and only matrix products
+`fully_shard` applied to each block and to the rest, with param_dtype bfloat16 and reduce_dtype
+float32; activation checkpointing of each block; attention that does not keep its probabilities; one
+pair for each GPU; log pi_ref computed before training. Sizes are in bytes, and only matrix products
 count as FLOPs, 2 for each multiply-add. The models of 7B and 70B parameters have Llama 2's
 number of layers and heads, width and vocabulary, but GPT-2's blocks.
 
 The parameters, FLOPs, activations and optimizer state were measured on small models; see
-tests/test_scale.py. The rest are formulas. What this file leaves out: fragmentation, buffers of the
-framework, and time.
+tests/test_scale.py. The rest are formulas. What this file leaves out: fragmentation, framework
+buffers, and time.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def generate(pi: GPT, prompts: list[list[int]], n: int, tokenizer, seed: int, wh
     """Like `inference.generate`, in chunks of responses. Each chunk has its own seed."""
     rank, N = dist.get_rank(), dist.get_world_size()
     prompts = [x for x in prompts for _ in range(n)]
-    padded = prompts + prompts[:1] * (-len(prompts) % (CHUNK * N))  # equally many for each
+    padded = prompts + prompts[:1] * (-len(prompts) % (CHUNK * N))  # the same number for each
     pi, own = InStep(pi), []
     for i in range(rank, len(padded) // CHUNK, N):
         chunk = padded[i * CHUNK : (i + 1) * CHUNK]

@@ -55,7 +55,8 @@ def flag(default: object, help: str, low: float | None = None, **how: object):
 def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str], out="out"):
     """The command line as a namespace, and as `settings`, a dataclass with fields made by `flag`.
 
-    presets: for imdb and own, the defaults that differ from those of toy. out: the default folder.
+    presets: for imdb and own (the user's data), the defaults that differ from those of toy. out:
+    the default folder.
     """
     first = Parser(prog, add_help=False, allow_abbrev=False)
     first.add_argument("--data", default="toy")

@@ -1,6 +1,6 @@
 """Evaluation on held-out prompts: reward, KL, and the distance to the optimum of Eq. 4.
 
-Standard errors are over prompts, because prompts are independent and samples of one prompt are not.
+Standard errors are over prompts: prompts are independent, and samples for one prompt are not.
 """
 
 import math
@@ -62,7 +62,7 @@ def make_eval_set(dataset, pairs, reference, cfg: EvalConfig, device, infer=LOCA
 def measure(pi: GPT, prompts, n: int, dataset: Dataset, seed: int, what: str, infer: Inference):
     """Sample n responses to each of P prompts: ids, mask and logps (P n, T).
 
-    Also returns the first text of up to 12 prompts with its reward, and metrics (P, n).
+    Also returns the first text of each of up to 12 prompts with its reward, and metrics (P, n).
     """
     samples, texts = infer.generate(pi, prompts, n, load_tokenizer(dataset.tokens), seed, what)
     _, mask, logps = samples
@@ -112,7 +112,7 @@ def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=
         gap = gap.double()
         margin = r_hat_w - r_hat_l
         found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # of r* itself
-        slope = (margin @ gap) / (gap @ gap)  # unweighted: a flip of a pair changes nothing
+        slope = (margin @ gap) / (gap @ gap)  # unweighted: flipping a pair changes nothing
         found["reward_slope"] = slope.item()
         found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()
     return found | {"pairs": len(pairs.pairs)}

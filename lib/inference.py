@@ -51,7 +51,7 @@ def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def by_length(function: Callable, pi: GPT, ids: Tensor, mask: Tensor, what: str) -> Tensor:
-    """function(ids, mask) of R rows, in batches of similar rows with 16 MB of logits at most."""
+    """function(ids, mask) of R rows, in batches of rows of similar length, with logits of 16 MB."""
     order = row_lengths(mask).argsort()
     rows = max(1, (1 << 22) // (pi.config.context * pi.config.vocab_size))
     batches = tqdm(order.split(rows), what, delay=1)

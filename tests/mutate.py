@@ -4,8 +4,9 @@
     python tests/mutate.py frontier      those of one function
 
 An edit changes one node of the syntax tree: an operator, a comparison, a constant, the order of
-two arguments, a keyword argument, a call, a decorator. It replaces no text, so renaming breaks
-nothing. Each mutant runs in a forked process, in which it takes the place of the module `dpo`.
+two arguments, a keyword argument, a call, a decorator. It is found in the tree, not by its text, so
+renaming breaks nothing. Each mutant runs in a forked process, in which it takes the place of the
+module `dpo`.
 """
 
 import ast

@@ -76,7 +76,7 @@ def test_verbose_labels_favour_length(monkeypatch):
 
 
 def test_pairs_that_do_not_connect_leave_mass_on_responses_of_low_reward():
-    """Pairs of two separate sets give the right odds in each set, and the wrong mass to the sets.
+    """Pairs of two separate sets give the right odds within each set, but the wrong mass to each.
 
     One more pair that connects them gives the optimum of Eq. 4.
     """

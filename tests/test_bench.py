@@ -50,7 +50,7 @@ def test_every_task_is_timed_in_every_supported_dtype(run):
 
 
 def test_all_implementations_take_the_same_step(run):
-    """The first loss of each is that of the core, not ln 2, and rounded in bfloat16."""
+    """The first loss of each equals the core's, up to rounding in bfloat16, and is not ln 2."""
     _, _, results, _ = run
     cores = [row["loss"] for row in results["rows"] if row["who"] == "core"]
     assert len(set(cores)) == len(cores)

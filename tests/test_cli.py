@@ -72,9 +72,9 @@ BAD_FILES = {  # flags, the content of bad.file (None: there is none), a part of
     "init, a pickle": (INIT, pickle.dumps(Executed()), "cannot be read as a checkpoint"),
     "init, a list": (INIT, saved([1, 2, 3]), "cannot be read as a checkpoint"),
     "init, another depth": (INIT, changed("config", n_layer=2), "cannot be read as a checkpoint"),
-    "init, absurd depth": (INIT, changed("config", n_layer=10**9), "do not fit together"),
+    "init, absurd depth": (INIT, changed("config", n_layer=10**9), "do not match"),
     "init, absurd width": (INIT, changed("config", n_embd=10**15), "cannot be read"),
-    "init, heads": (INIT, changed("config", n_head=3), "do not fit together"),
+    "init, heads": (INIT, changed("config", n_head=3), "do not match"),
     "init, huge by repetition": (INIT, with_norm(torch.ones(1).expand(10**9)), "cannot be read"),
     "init, not finite": (INIT, with_norm(torch.full((16,), float("nan"))), "not finite"),
     "init, tokens missing": (INIT, saved(GOOD | {"tokens": TOKENS[:-1]}), "vocabulary size"),
@@ -255,7 +255,7 @@ def bad_input():
         (lambda: {}["bug"], False, KeyError),
     ],
 )
-def test_one_line_for_bad_input_and_full_memory_a_traceback_for_bugs_and_debug(
+def test_one_line_for_bad_input_and_exhausted_memory_a_traceback_for_bugs_and_debug(
     work, debug, shown, tmp_path, capsys
 ):
     if isinstance(shown, str):

@@ -176,7 +176,7 @@ def test_fractions_are_compared_with_dpos_over_the_strengths_that_all_seeds_have
     ]
 
 
-def test_a_summary_is_the_table_and_the_figure_over_its_folders(run, tmp_path, capsys):
+def test_a_summary_is_the_table_and_the_figure_for_its_folders(run, tmp_path, capsys):
     """The figure of runs in name2-0, name2-1, ... is name2.png"""
     folders = [shutil.copytree(run[0], tmp_path / f"name2-{i}") for i in range(2)]
     assert compare.main(["--summary", *map(str, folders)]) == 0

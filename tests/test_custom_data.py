@@ -39,7 +39,7 @@ def encoded(preferences: dpo.Preferences) -> list[tuple]:
 
 
 @given(TEXT, TEXT, TEXT)
-def test_prompt_and_response_are_encoded_apart(tmp_path_factory, x, y_w, y_l):
+def test_prompt_and_response_are_encoded_separately(tmp_path_factory, x, y_w, y_l):
     """No merge spans both, and each response has one end token, its last. pitfalls 8, 10"""
     assume(y_w != y_l)
     path = tmp_path_factory.mktemp("own") / "own.jsonl"

@@ -46,7 +46,7 @@ def test_toy_tokens_are_bytes_and_the_words_of_the_grammar_and_the_end_token_is_
 
 
 def test_r_star_is_a_sum_of_the_weights_of_known_words():
-    """On the toy dataset. For IMDb, over the root of their number n, plus a bias."""
+    """On the toy dataset. For IMDb, it is divided by sqrt(n) for n words, and a bias is added."""
     r = REWARD(["the plot is superb. we hated this film.", "the plot is", ""])
     torch.testing.assert_close(r, torch.tensor([1.4 - 1.2, 0.0, 0.0]))
     imdb = data.WordReward({"good": 2.0, "bad": -3.0, "!": 0.5}, bias=0.1, divide=True)

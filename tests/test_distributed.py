@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 from tiny import CPU, ROOT
 
 LR = 0.01
-CASES = [  # optimizer, dtype, and what is special
+CASES = [  # optimizer, dtype, and the option under test
     ("sgd", torch.float32, "nothing"),
     ("adamw", torch.float64, "recompute"),  # with --accumulate 2
     ("sgd", torch.float64, "replicate"),  # --replicate N

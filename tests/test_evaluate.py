@@ -20,7 +20,7 @@ REWARD, TOKENIZER = data.WordReward(data.WEIGHT), data.load_tokenizer(data.toy_t
 
 @pytest.fixture(scope="module")
 def other(toy):
-    """A policy that differs from pi_ref, pi_ref, and its evaluation at beta 2."""
+    """A policy; pi_ref, from which it differs; and the policy's evaluation at beta 2."""
     reference = toy.returned["reference"]
     pi_theta, pi_ref = load_gpt(reference, CPU), load_gpt(reference, CPU)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""beyond/gpt2.py: both layouts hold one function, and downloads are complete or refused.
+"""beyond/gpt2.py: both layouts hold the same function, and downloads are complete or refused.
 
 The published side is made by hand: a forward pass that names and multiplies the weights as OpenAI
 released them, and a local server with the hub's paths, headers and redirects.
@@ -156,7 +156,7 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters():
 
 
 def test_transformers_computes_the_same_logits(tmp_path):
-    """GPT2LMHeadModel -> ours -> GPT2LMHeadModel => one function, to 1e-4."""
+    """GPT2LMHeadModel -> ours -> GPT2LMHeadModel => the same function, to within 1e-4."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_positions=40, n_layer=3, n_head=4, n_embd=32)
@@ -241,7 +241,7 @@ def test_a_name_is_downloaded_once_and_converted(hub, tmp_path, capsys):
         ("dropped", "no ranges", "bytes arrived; repeat the command to continue"),
         ("404", None, "HTTP Error 404"),
         ("wrong bytes", None, "wrong checksum"),
-        ("no checksum", None, "no checksum"),
+        ("no checksum", None, "is not a checksum"),
     ],
 )
 def test_a_failed_download_gives_one_line_and_can_be_repeated(
@@ -284,7 +284,7 @@ BAD = {  # what is wrong: changes to the config, the weights, what the line says
     "transposed": ({}, gpt2.transpose(W), "size mismatch for h.0.attn.c_attn.weight"),
     "untied": ({}, W | {"lm_head.weight": torch.ones(V, 8)}, "lm_head.weight differs"),
     "not finite": ({}, W | {"ln_f.bias": torch.full((8,), math.nan)}, "not finite"),
-    "no weights": ({}, None, "there is no model.safetensors and no pytorch_model.bin"),
+    "no weights": ({}, None, "there is neither model.safetensors nor pytorch_model.bin"),
     "code": ({}, W | {"ln_f.bias": Executed()}, "cannot be read as weights of GPT-2"),
 }
 

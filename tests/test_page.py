@@ -211,7 +211,7 @@ def test_wilson_interval_has_known_values():
     assert wilson_interval(1.0, 5) == pytest.approx((0.566, 1), abs=1e-3)
 
 
-def test_the_summary_of_own_preferences_has_an_interval(own):
+def test_the_summary_of_the_users_preferences_has_an_interval(own):
     last = page.summary(own.results).splitlines()[-1]
     point = own.results["points"][-1]
     low, high = wilson_interval(point["pair_accuracy"], point["pairs"])

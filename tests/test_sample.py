@@ -38,7 +38,7 @@ def run(capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["toy", "own"])
 def test_every_model_has_completions_with_their_reward_and_log_ratio(name, run, request):
-    """What is printed is what the checkpoints sample, and r*, which is unknown for own pairs."""
+    """What is printed is what the checkpoints sample, and r*, unknown for the user's own pairs."""
     recorded, prompt = request.getfixturevalue(name), "the film works"
     dataset = recorded.returned["dataset"]
     tokenizer, completions = load_tokenizer(dataset.tokens), {}

@@ -201,7 +201,7 @@ SETTINGS = {  # another value of each setting, and the stages that use it
 
 
 def test_every_setting_changes_the_keys_of_the_stages_that_use_it(toy, tmp_path, monkeypatch):
-    assert SETTINGS.keys() == vars(toy.cfg).keys() - {"data", "imdb"}  # these have the next test
+    assert SETTINGS.keys() == vars(toy.cfg).keys() - {"data", "imdb"}  # the next test covers these
     monkeypatch.chdir(tmp_path)
     Path("users.py").write_text(LOSS)
     Path("init.pt").write_bytes(saved(tiny.checkpoint()))

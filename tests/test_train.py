@@ -209,7 +209,7 @@ def test_other_labels_and_pairs_run(flags, labels, here):
     assert (ceiling == pytest.approx(1)) == (labels == "argmax")
 
 
-def test_own_preferences_run_from_the_command_line(here, capsys):
+def test_the_users_own_preferences_run_from_the_command_line(here, capsys):
     """Pairs that do not fit are dropped, and reported. pitfall 20"""
     unfit = {"prompt": "film", "chosen": " no" * 60, "rejected": " yes"}
     Path("own.jsonl").write_bytes(lines([*pairs(24), unfit]))
@@ -224,7 +224,7 @@ def test_own_preferences_run_from_the_command_line(here, capsys):
 def test_a_loss_in_a_file_is_trained_again_after_an_edit(here, capsys, monkeypatch):
     """Of its code, a constant that it reads, a function that it calls, or its arguments.
 
-    Python's bytecode of a file is valid for a second edit of the same length in the same second.
+    Python would reuse a file's bytecode after an edit within a second that keeps the length.
     """
     monkeypatch.setattr("sys.dont_write_bytecode", False)
     text = """import dpo

@@ -29,7 +29,7 @@ SIZES = dict(context=24, shape=(1, 2, 16), reviews=150, sft_steps=4, sft_batch_s
 
 
 def config(kind: str, folder: Path) -> train.Config:
-    """Tiny settings for toy, imdb or own preferences. The latter two start from a checkpoint."""
+    """Tiny settings for toy, imdb or own preferences. The last two start from a checkpoint."""
     if kind == "toy":
         return train.Config(beta=(0.5, 2.0), **SIZES)
     (folder / "init.pt").write_bytes(saved(checkpoint()))

@@ -1,6 +1,6 @@
 """What a failing theorem most likely means: the mistake, its pitfall number, and the fix.
 
-`beyond.conformance` prints it with the failure. Within a file, theorems about one function stand in
+`beyond.conformance` prints it with the failure. Within a file, theorems about one function are in
 the order of diagnosis: the first one that fails names the mistake.
 """
 

@@ -207,7 +207,7 @@ def test_earlier_tokens_are_visible(make_model):
 
 
 @mistake("dropout is on", 12, "set dropout to 0, or call eval() on the policy as well")
-def test_training_and_evaluation_mode_are_one_function(make_model):
+def test_training_and_evaluation_mode_are_the_same_function(make_model):
     """train() and eval() give the same logits.  pitfall 12"""
     pi = make_model(V, 6)
     assert torch.equal(pi.train()(IDS), pi.eval()(IDS))

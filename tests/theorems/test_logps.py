@@ -354,7 +354,7 @@ def test_kl_estimate_is_the_sum_of_token_kls():
     assert not found.requires_grad
 
 
-def test_reverse_kl_is_told_from_forward_kl():
+def test_reverse_kl_is_distinguished_from_forward_kl():
     """The two models here have KL(pi_theta, pi_ref) != KL(pi_ref, pi_theta): the test above can
     fail.  pitfall 32"""
     theta, ref = enumerated(gpt(0), [0]), enumerated(gpt(1), [0])

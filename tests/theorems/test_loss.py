@@ -98,7 +98,7 @@ def test_loss_is_ln_2_where_policy_and_reference_agree(dpo_loss, p):
 
 @mistake("beta divides the margin", 24, "multiply: a larger beta means a stronger pull to pi_ref")
 @given(z=st.integers(1, 10).map(lambda k: k / 40), beta=betas)
-def test_larger_beta_counts_the_same_margin_for_more(dpo_loss, z, beta):
+def test_larger_beta_makes_the_same_margin_count_for_more(dpo_loss, z, beta):
     """h > 0, beta_1 < beta_2  =>  L(h) is no larger at beta_2 than at beta_1.  Eq. 7; pitfall 24"""
     h = z / beta
     assert_at_most(at_margin(dpo_loss, h, 2 * beta), at_margin(dpo_loss, h, beta))

@@ -137,7 +137,7 @@ def log_odds(m):
 
 
 def cut_ratio(y, other, alpha):
-    """The log-ratio of y, where tokens beyond the length of the other count alpha times."""
+    """The log-ratio of y, where tokens beyond the length of the other are weighted by alpha."""
     n = len(other.ratios)
     return sum(y.ratios[:n]) + alpha * sum(y.ratios[n:])
 

@@ -359,8 +359,8 @@ def push_on_length(u: float, q0: float, gap: int, p: float, beta: float) -> torc
 
 @given(q0=stops, gap=gaps, p=labels, beta=betas)
 def test_preference_for_length_sets_the_stop_probability(q0, gap, p, beta):
-    """The longer by `gap` wins with probability p => 1 - q = (1 - q0) exp(logit(p) / (beta gap)) is
-    optimal while below 1. Eq. 7"""
+    """The response that is longer by `gap` tokens wins with probability p =>
+    1 - q = (1 - q0) exp(logit(p) / (beta gap)) is optimal while below 1. Eq. 7"""
     u = optimal_u(q0, gap, p, beta)
     assume(u < -1e-6)
     below, at, above = (push_on_length(k * u, q0, gap, p, beta) for k in (1.5, 1, 0.5))

@@ -108,7 +108,7 @@ def test_whitened_advantages_have_mean_0_and_variance_1(seed, scale, shift):
 
 
 def test_value_of_a_token_depends_only_on_what_precedes_it():
-    """V_t is a function of x and y_<t, stands at token t, and is 0 outside the mask"""
+    """V_t is a function of x and y_<t, is stored at token t, and is 0 outside the mask"""
     critic = critic_of(gpt(0), 3)
     ids, mask = rows([0], responses([0]))
     values = ppo.token_values(critic, ids, mask)
@@ -185,8 +185,8 @@ def test_policy_gradient_is_unbiased_at_every_lam_if_the_critic_is_exact(lam):
 
 @given(seed=seeds)
 def test_surrogate_is_clipped_from_above_and_its_gradient_stops_there(seed):
-    """min(rho A, clip(rho) A) <= rho A, summed over tokens; no gradient iff rho is beyond the clip
-    on A's side, and elsewhere rho A, which at pi_theta = pi_old is the policy gradient's weight"""
+    """min(rho A, clip(rho) A) <= rho A, summed over tokens; the gradient in log rho is 0 where rho
+    is beyond the clip on A's side, and rho A elsewhere: the policy gradient's at pi_old"""
     log_rho = uniform((10, 4), -1.0, 1.0, seed).requires_grad_()
     A = uniform((10, 4), -1.0, 1.0, seed + 1)
     found = ppo.surrogate(log_rho, torch.zeros(10, 4), A, 0.2)

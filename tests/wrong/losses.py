@@ -103,7 +103,7 @@ def gradient_of_appendix_a4(w, l, ref_w, ref_l, beta):
 # ------------------------------------------------- beta, pitfalls 22 and 24
 
 
-@wrong("dpo_loss", 24, "larger_beta_counts_the_same_margin_for_more")
+@wrong("dpo_loss", 24, "larger_beta_makes_the_same_margin_count_for_more")
 def divided_by_beta(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(margin(w, l, ref_w, ref_l) / beta)
 

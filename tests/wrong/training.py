@@ -209,7 +209,7 @@ def mean_of_means(model, ids, mask):
 # ------------------------------------------------- models
 
 
-@wrong("make_model", 12, "training_and_evaluation_mode_are_one_function")
+@wrong("make_model", 12, "training_and_evaluation_mode_are_the_same_function")
 def model_with_dropout(vocab_size, context):
     return nn.Sequential(GPT(GPTConfig(vocab_size, context, 1, 2, 16)), nn.Dropout(0.1))
 
