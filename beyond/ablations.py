@@ -111,7 +111,7 @@ def trained(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float
 
 
 def noise(stage: Stage, e: Experiment) -> dict[str, dict]:
-    """Beta 0.5; losses with an epsilon know the share of flipped labels."""
+    """compare.py's second strengths. Losses with an epsilon know the share of flipped labels."""
     flipped = stage("noisy", noisy, e.preferences, e.cfg.seed)
     args = e.preferences, *loss_and_lr("dpo", 1)
     found = {"dpo, clean labels": trained(stage, e, "noise-clean", *args)}
@@ -123,7 +123,7 @@ def noise(stage: Stage, e: Experiment) -> dict[str, dict]:
 
 
 def verbosity(stage: Stage, e: Experiment) -> dict[str, dict]:
-    """Beta 1. R-DPO knows the reward per token."""
+    """compare.py's first strengths. R-DPO knows the reward per token."""
     args = e.preferences, e.dataset, e.reference, e.cfg.seed
     labelled = stage("verbose", verbose, *args)
     found = {}
@@ -199,7 +199,10 @@ def over_epochs(stage: Stage, e: Experiment, name: str, preferences, loss, lr: f
 
 
 def run_epochs(stage: Stage, e: Experiment, study: str, hyper: dict[str, dict]) -> dict[str, dict]:
-    """Train for --rounds epochs at beta 1 on deterministic labels. Adds A and B of each epoch."""
+    """Train for --rounds epochs on deterministic labels, at compare.py's first strengths.
+
+    Adds A and B of each epoch.
+    """
     args = e.preferences, e.dataset, e.reference, e.cfg.seed
     labelled = stage("certain", certain, *args)
     found = {}

@@ -1,4 +1,4 @@
-"""Each method in beyond/ compared with DPO, from one pi_ref and the same prompts: gain against KL.
+"""The methods of losses.py and pairs.py compared with DPO, from one pi_ref and the same prompts.
 
     python -m beyond.compare [train.py's flags] [--methods dpo ipo ...]
     python -m beyond.compare --summary DIR DIR ...     # table and figure for finished runs

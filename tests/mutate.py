@@ -5,8 +5,8 @@
 
 An edit changes one node of the syntax tree: an operator, a comparison, a constant, the order of
 two arguments, a keyword argument, a call, a decorator. It is found in the tree, not by its text, so
-renaming breaks nothing. Each mutant runs in a forked process, in which it takes the place of the
-module `dpo`.
+renaming breaks only entries of EQUIVALENT. Each mutant runs in a forked process, in which it takes
+the place of the module `dpo`.
 """
 
 import ast

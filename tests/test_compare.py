@@ -69,6 +69,7 @@ def test_a_verdict_needs_three_seeds_and_an_interval_that_excludes_0():
     assert common.verdict([0.30, 0.31, 0.32]) == "seen"
     assert common.verdict([-0.30, -0.31, -0.32]) == "reversed"
     assert common.verdict([0.1, 0.3, 0.5]) == "no difference seen"
+    assert common.interval([0.0, 2.0]) == (1.0, pytest.approx(12.706))
 
 
 # ------------------------------------------------- the methods

@@ -31,7 +31,7 @@ def imports(name: str) -> dict[str, tuple[str, str | None]]:
 
 
 def definitions(module: str) -> set[str]:
-    """The names that a module defines itself, at the top level."""
+    """The names that a module defines itself, at any level."""
     nodes = [*ast.walk(TREES[MODULES[module]])]
     made = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names = [node for node in nodes if isinstance(node, ast.Name)]
@@ -68,7 +68,7 @@ def test_imports_have_no_cycle():
 
 @pytest.mark.parametrize("name", [name for name in TREES if not name.startswith("beyond")])
 def test_functions_are_short_and_import_nothing_from_the_project(name):
-    """So that a reader, and lib/stage.py, can follow them by the names of their module."""
+    """So that a reader, and lib/stage.py, can trace what they use by the names in their module."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef):
             inner = [n.module for n in ast.walk(node) if isinstance(n, ast.ImportFrom)]

@@ -1,4 +1,4 @@
-"""beyond/page.py: page, figures, samples and table, all from results.json."""
+"""beyond/page.py: page, figures, samples and table, from results.json."""
 
 import html
 import json

@@ -279,7 +279,7 @@ def train(config, seed=0, prompts=PROMPTS):
 
 
 def distance_from_optimum(pi_theta):
-    """KL(pi_theta, tilt) / KL(pi_ref, tilt), per prompt, at beta = 1."""
+    """The largest KL(pi_theta, tilt) / KL(pi_ref, tilt) of a prompt, at beta = 1."""
     ratios = []
     for x in PROMPTS:
         ref_logp = enumerated(gpt(0), x)
@@ -375,7 +375,7 @@ def test_policy_learns_only_after_the_warmup_of_the_critic():
 
 
 def test_frozen_blocks_and_embeddings_stay_those_of_pi_ref():
-    """frozen = 1  =>  of pi_theta, only the blocks after the first and the last LayerNorm move"""
+    """frozen = 1  =>  of pi_theta, only the last LayerNorm and blocks after the first move"""
     config = replace(LONG, iterations=2, batch_size=8, frozen=1)
     pi_theta, _ = train(config)
     before = gpt(0).state_dict()
