@@ -16,7 +16,8 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> list[bytes]:
 
     Returns at most `vocab_size` - 1 tokens; `data.load_tokenizer` adds the end token. A distinct
     word is stored once, and its pairs count as often as it occurs. The heap may hold outdated
-    counts, which are corrected when they are popped. Raises BadInput if there is no room for the 256 bytes and the end token.
+    counts, which are corrected when they are popped. Raises BadInput if there is no room for the
+    256 bytes and the end token.
     """
     if vocab_size < 257:
         raise BadInput(f"--vocab-size {vocab_size}: must be at least 257 (bytes and end token)")

@@ -1,10 +1,11 @@
 """The figures of a run, and one page with figures, table, settings, command and samples.
 
-`write_results` writes out/results.json after each beta; everything else comes from that file, except
-r* on IMDb, which is in dataset.pt. train.py draws the figures and the page when it ends, and
-`python -m beyond.page out` redraws them. The page is self-contained. In the samples, the colour of a word is its contribution in context:
-r*(text) - r*(text without the word), in nats. Words that raise r* are green and underlined, and
-words that lower it are red with a dotted underline; blue and orange stand for pi_ref and pi_theta.
+`write_results` writes out/results.json after each beta; everything else comes from that file,
+except r* on IMDb, which is in dataset.pt. train.py draws the figures and the page when it ends, and
+`python -m beyond.page out` redraws them. The page is self-contained. In the samples, the colour of
+a word is its contribution in context: r*(text) - r*(text without the word), in nats. Words that
+raise r* are green and underlined, and words that lower it are red with a dotted underline; blue and
+orange stand for pi_ref and pi_theta.
 """
 
 import base64
