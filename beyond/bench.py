@@ -4,7 +4,7 @@
 
 A DPO step (forward, backward, clipping, optimizer) is timed with `dpo.response_logps`, with
 `lib.inference.fast_response_logps` as train.py does, and with TRL's DPOTrainer; sampling with
-`model.sample` and with `generate` of transformers. All have the same random weights and data: 96
+`model.sample` and with transformers' `generate`. All have the same random weights and data: 96
 preferences between 4 completions of each of 16 prompts.
 
 Every repetition runs each task once, and ratios are taken within it, so that load on the machine

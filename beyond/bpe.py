@@ -14,13 +14,13 @@ PIECES = PATTERN.replace("+", "{1,40}")  # the cost is quadratic in the length o
 def learn_tokenizer(texts: list[str], vocab_size: int) -> list[bytes]:
     """Byte-level BPE: the most frequent pair of neighbouring tokens becomes a token, repeatedly.
 
-    Returns at most `vocab_size` - 1 tokens; `data.load_tokenizer` adds the end token. A distinct
+    Returns at most `vocab_size` - 1 tokens; `data.load_tokenizer` adds the end token. Each distinct
     word is stored once, and its pairs count as often as it occurs. The heap may hold outdated
     counts, which are corrected when they are popped. Raises BadInput if there is no room for the
     256 bytes and the end token.
     """
     if vocab_size < 257:
-        raise BadInput(f"--vocab-size {vocab_size}: must be at least 257 (bytes and end token)")
+        raise BadInput(f"vocab_size {vocab_size}: must be at least 257 (bytes and end token)")
     word_counts = Counter(word for text in texts for word in re.findall(PIECES, text))
     words = [list(word.encode()) for word in word_counts]  # a word is a list of token ids
     counts = list(word_counts.values())

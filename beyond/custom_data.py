@@ -1,6 +1,6 @@
 """The user's own preferences, as a dataset like the others. `train.py --data FILE` uses this.
 
-The file has any format that beyond/convert.py reads. Each row becomes one or more
+The file may be in any format that beyond/convert.py reads. Each row becomes one or more
 pairs: a prompt, a chosen response and a rejected one.
 """
 

@@ -234,7 +234,7 @@ def draw(runs: list[dict]) -> Figure:
         above = 5 if method == "DPO" else -5
         common.label(ax, method, list(sizes)[-1], means[-1], color, xytext=(6, above))
     ax.axhline(1, color="0.6", lw=0.8, ls=":")
-    ax.set(xscale="log", xlabel="prompts, with 6 pairs each", title=common.title(runs))
+    ax.set(xscale="log", xlabel="prompts whose pairs are used", title=common.title(runs))
     ax.set(ylabel="fraction of the attainable gain at the same KL")
     sizes = sorted({p["prompts"] for p in points})
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes])

@@ -64,7 +64,7 @@ MEMBERS = {
 } | {"aclImdb/train/unsup/0_0.txt": b"no \xff label", "aclImdb/README": b"?"}
 
 
-def test_an_archive_is_read_in_numerical_order_and_refused_without_a_part(tmp_path):
+def test_an_archive_is_read_in_numerical_order_and_refused_if_a_part_is_missing(tmp_path):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(archive(MEMBERS, n=0))
     reviews = data.read_imdb(path)

@@ -144,7 +144,7 @@ def test_ppo_s_beta_is_in_units_of_the_reward_before_scaling():
 
 
 def test_a_bag_learns_a_reward_of_its_class_and_no_other():
-    """Tokens 300 and 302 are in one of the two groups: a bag of tokens orders them, groups not."""
+    """A bag of tokens orders tokens 300 and 302. Two groups do not: both are in the same one."""
     given = two_words()
     apart = dataclasses.replace(given, ids=torch.where(given.ids == 301, 302, given.ids))
     able, unable = explain.fit_bag(apart, 400, 0), explain.fit_bag(apart, 2, 0)

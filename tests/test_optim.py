@@ -12,7 +12,7 @@ SHAPES = [(8, 8), (4, 16), (16, 4), (48, 12), (16, 4), (3, 4)]
 
 
 def trained(optimizer_of) -> list[torch.Tensor]:
-    """Parameters after some steps. The gradient of the last one is 0."""
+    """Parameters after some steps. The gradient of the last parameter is 0."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = optimizer_of(params)
