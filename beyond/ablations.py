@@ -249,7 +249,7 @@ def epochs(stage: Stage, e: Experiment) -> dict[str, dict]:
 
 
 def coverage() -> dict[str, dict]:
-    """Four responses; pairs within the first and last two, with and without one that connects them.
+    """Four responses; the pairs (1, 2) and (3, 4), with and without (2, 3), which connects them.
 
     Minimises the expectation of Eq. 7 over Bradley-Terry labels at beta 1, from a uniform pi_ref.
     """

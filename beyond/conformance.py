@@ -37,7 +37,7 @@ OFFERS = {
     "response_logps": "(model, ids, mask) -> log pi(y|x), (B,), or one value per token, (B, T)",
     "logps_from_logits": "(logits, ids, mask) -> the same, for models called elsewhere",
     "sequence_kl": "(model, reference, ids, mask) -> (B,), or a tuple of estimates",
-    "dpo_loss": f"({FOUR}, beta) -> losses (B,), or (losses, r_hat_w, r_hat_l), or their mean",
+    "dpo_loss": f"({FOUR}, beta) -> losses (B,), or their mean, or (losses, r_hat_w, r_hat_l)",
     "metrics": f"({FOUR}, beta) -> dict with some of r_hat_w, r_hat_l, margin, accuracy, logp_w, "
     "logp_l",
     "training_step": "(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer) -> (loss)",

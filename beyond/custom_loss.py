@@ -36,6 +36,6 @@ def load_file(path: Path) -> ModuleType:
         module = ModuleType(f"user_{path.stem}")
         module.__file__ = str(path.resolve())
         sys.modules[module.__name__] = module  # so that the function's code can be found
-        # An import could run stale bytecode if an edit within the second keeps the file's length.
+        # An import could run stale bytecode if an edit in the same second keeps the file's length.
         exec(compile(path.read_bytes(), module.__file__, "exec"), vars(module))
         return module

@@ -236,11 +236,11 @@ class PPOConfig:
     beta: float = 0.5  # initial value; stays fixed without a target KL
     target_kl: float | None = None  # adapt beta to this KL(pi_theta, pi_ref), in nats per response
     frozen: int = 0  # N > 0: the embeddings and first N blocks of both models are not trained
-    gain: float = 0.3  # of the controller: beta changes by at most 0.2 * gain per iteration
+    gain: float = 0.3  # of the controller: beta changes by at most 20 % times this per iteration
 
 
 def initial_beta(target_kl: float) -> float:
-    """1 / sqrt(2 KL): at this beta the tilt by a normal reward of variance 1 has the target KL."""
+    """1 / sqrt(2 KL): the beta at which Eq. 4 has this KL, for a normal reward of variance 1."""
     return 1 / math.sqrt(2 * target_kl)
 
 

@@ -126,7 +126,7 @@ def complete(models: Models, prompt: str, n: int, temperature: float, seed: int)
     x, end = models.tokenizer.encode_ordinary(prompt), models.tokenizer.eot_token
     room = min(pi.config.context for pi in models.policies.values()) - 1
     if not prompt.strip():
-        raise BadInput("the prompt is empty; give some words")
+        raise BadInput("the prompt is empty; enter some text")
     if len(x) > room:
         raise BadInput(f"the prompt has {len(x)} tokens; the context has room for {room}")
     completions = {}

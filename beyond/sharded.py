@@ -42,7 +42,7 @@ def shard(
     if device.type == "cuda":
         how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     pi = load_gpt(checkpoint, torch.device("cpu"))  # fully_shard moves the shards to the device
-    pi.bf16 = optim.bf16_supported(device)
+    pi.bf16 = optim.bf16_supported(device) and pi.config.n_embd >= 128  # as in load_gpt
     for i, block in enumerate(pi.h):
         if checkpoint_activations:
             block = checkpoint_wrapper(block)

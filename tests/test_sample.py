@@ -112,7 +112,7 @@ def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["toy", ""], "the prompt is empty; give some words"),
+        (["toy", ""], "the prompt is empty; enter some text"),
         (["toy", " plot" * 60], "the prompt has 60 tokens; the context has room for 23"),
         (["empty", "the plot"], "there are no models here; python train.py writes them"),
         (["file", "the plot"], "file: cannot be read as a checkpoint"),

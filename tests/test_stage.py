@@ -62,8 +62,8 @@ def cosmetic(source: str) -> str:
 
 @pytest.fixture(params=["toy", "imdb", "own"])
 def calls(request, toy):
-    """A run, and its stages by name. Functions that the toy run or an earlier beta has are left
-    out."""
+    """A run, and its stages by name. Stages of a function that the toy
+    run or an earlier beta has already run are left out."""
     run = request.getfixturevalue(request.param)
     found = {target(function): name for name, (function, _) in reversed(run.calls.items())}
     known = {target(function) for function, _ in toy.calls.values() if run is not toy}

@@ -224,7 +224,7 @@ def test_the_users_own_preferences_run_from_the_command_line(here, capsys):
 def test_a_loss_in_a_file_is_trained_again_after_an_edit(here, capsys, monkeypatch):
     """Of its code, a constant that it reads, a function that it calls, or its arguments.
 
-    Python would reuse a file's bytecode if an edit within the second keeps the file's length.
+    Python would reuse a file's bytecode if an edit in the same second keeps its length.
     """
     monkeypatch.setattr("sys.dont_write_bytecode", False)
     text = """import dpo

@@ -132,8 +132,8 @@ def test_objective_is_stationary_at_the_optimal_policy(optimal_policy, w):
 
 
 def test_close_rivals_are_worse_by_more_than_the_tolerance():
-    """A wrong optimum at 2 beta loses to a perturbed optimum in nearly every mild world: the test
-    above can fail.  pitfall 32"""
+    """A wrong optimum at 2 beta loses to a perturbed optimum in nearly every mild world:
+    `test_optimal_policy_beats_every_rival` can fail.  pitfall 32"""
     noticed = 0
     for seed in range(100):
         w = world(4, 1.0, seed, 2.0, 2.0)

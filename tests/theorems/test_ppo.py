@@ -227,7 +227,7 @@ def test_reward_loss_is_equation_2():
 
 def test_fitted_reward_orders_pairs_and_is_the_best_one_evaluated():
     """A learnable reward  =>  learned. Of all evaluations, four per epoch, the best is returned,
-    also before or after a diverged run"""
+    even if the run before or after it diverges"""
     ascending = sorted(responses([0]), key=lambda y: y.count(1))
     found = [
         {"prompt": n, "x": [0], "y_w": y_w, "y_l": y_l, "weight": 1.0}
