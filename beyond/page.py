@@ -252,7 +252,7 @@ def draw_frontier(results: dict) -> Figure:
     if results["config"]["data"] == "imdb":
         positive = ax.twinx()
         p_positive = [results["reference"]["p_positive"], *(p["p_positive"] for p in points)]
-        positive.plot([0, *kl], p_positive, "s", color="0.5", ms=5, mfc="none")
+        positive.plot([0, *kl], p_positive, "s", color="0.5", ms=5, mfc="none", clip_on=False)
         positive.set(ylabel="mean P(positive)", ylim=(0, 1))
         ax.plot([], [], "s", color="0.5", ms=5, mfc="none", label="P(positive), right axis")
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
