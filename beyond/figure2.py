@@ -51,8 +51,8 @@ from lib.stage import Stage
 METHODS = ("DPO", "PPO", "PPO-GT", "Preferred-FT", "Unlikelihood")
 BETAS = (1.0, 0.78, 0.61, 0.47, 0.36, 0.28, 0.21, 0.18, 0.155, 0.13, 0.11)
 IMDB_BETAS = (1.0, 0.78, 0.61, 0.47, 0.37, 0.29, 0.23, 0.18, 0.14)
-IMDB_PPO_BETAS = (0.9, 0.73, 0.59, 0.48, 0.39, 0.32, 0.27)
-IMDB_GT_BETAS = (0.9, 0.73, 0.59, 0.48, 0.43, 0.39, 0.32)
+IMDB_PPO_BETAS = (1.1, 0.9, 0.73, 0.59, 0.48, 0.39, 0.32, 0.27)
+IMDB_GT_BETAS = (1.15, 0.9, 0.73, 0.59, 0.48, 0.43, 0.39, 0.355, 0.32)
 PPO_BETAS = (1.0, 0.78, 0.61, 0.47, 0.36, 0.28, 0.21, 0.16)  # with a learned reward
 GT_BETAS = (1.0, 0.75, 0.57, 0.44, 0.36, 0.31, 0.275, 0.25)  # with the true reward
 ALPHAS = {0.05: 0.33, 0.1: 0.33, 0.5: 0.1, 1.0: 0.1}  # alpha -> learning rate in units of --lr
