@@ -115,7 +115,8 @@ def load_dataset(cfg: Config, stage: Stage, tokens) -> data.Dataset:
             found = load_reviews(cfg.imdb, Stage(cache_dir() / "imdb"))  # shared by all runs
             load = partial(data.load_imdb, found, REWARD)
         else:
-            load = partial(import_module("beyond.custom_data").load_pairs, Path(cfg.data))
+            custom_data = import_module("beyond.custom_data")
+            load = partial(custom_data.load_pairs, Path(cfg.data), labels=cfg.labels)
         return stage("dataset", load, sizes, cfg.seed, tokens)
 
 
@@ -153,7 +154,7 @@ def sft_settings(cfg: Config, n: int) -> tuple[int, int, float]:
     shipped pi_ref.
     """
     random = cfg.from_scratch or not cfg.init
-    ready = cfg.data == "imdb" and cfg.init == PI_REF and not random
+    ready = cfg.data == "imdb" and Path(cfg.init).resolve() == Path(PI_REF) and not random
     steps = 0 if ready else min(2000, max(50, 2 * n // cfg.sft_batch_size))
     steps = steps if cfg.sft_steps is None else cfg.sft_steps
     return steps, cfg.sft_batch_size, 6e-3 if random else 5e-4
@@ -278,9 +279,10 @@ def run(cfg: Config, stage: Stage, device) -> str:
     for beta in cfg.beta:
         lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls
         training = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
-        look = monitor(dataset, eval_set, seed, stage.folder / f"curves-{beta:g}.csv")
+        name = f"{cfg.loss.split(':')[-1]}-{beta:g}"
+        look = monitor(dataset, eval_set, seed, stage.folder / f"curves-{name}.csv")
         args = preferences, partial(loss, beta=beta), training, look, device
-        policy = stage(f"{cfg.loss.split(':')[-1]}-{beta:g}", train_dpo, reference, *args)
+        policy = stage(name, train_dpo, reference, *args)
         args = reference, dataset, eval_set, beta, ev, device
         runs[beta] = policy, stage(f"eval-{beta:g}", evaluate_policy, policy, *args)
         page.write_results(stage, cfg, dataset, eval_set, preferences, runs, device)

@@ -59,7 +59,8 @@ class Config(compare.Config):
 
 def relabel(preferences: Preferences, p: Tensor, seed: int) -> Preferences:
     """The same pairs; each keeps its order with probability p (n,), and is flipped otherwise."""
-    u = torch.rand(p.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(2**32 - 1 - seed)  # not those of the labels
+    u = torch.rand(p.shape, generator=generator)
     pairs = torch.where((u < p)[:, None], preferences.pairs, preferences.pairs.flip(1))
     return dataclasses.replace(preferences, pairs=pairs)
 
@@ -387,7 +388,7 @@ def draw(runs: list[dict]) -> Figure:
     mean = common.average(runs)
     figure = Figure((12, 7.5), layout="constrained")
     axes = figure.subplots(2, 3).flat
-    for ax, study in zip(axes, mean["config"]["studies"], strict=False):
+    for study, ax in zip(mean["config"]["studies"], axes, strict=False):
         found = [
             {p["method"]: p for p in run["points"] if p["study"] == study}
             for run in (mean, *(runs if len(runs) > 1 else []))

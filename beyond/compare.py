@@ -154,11 +154,9 @@ METHODS = {
         losses.sppo_hard,
         {"beta": (0.5, 0.25)},
         (0.12, 0.08),
-        "beta / 2: where reward gaps are small, A - B is as at Eq. 4's optimum",
+        "beta / 2: where reward gaps are small, A - B is half of that of Eq. 4",
     ),
-    "sppo": Method(
-        losses.sppo, {"beta": (0.25, 0.125)}, (0.1, 0.06), "beta / 4, for the same reason"
-    ),
+    "sppo": Method(losses.sppo, {"beta": (0.25, 0.125)}, (0.1, 0.06), "beta / 4, as ipo"),
     "orpo": Method(
         losses.orpo,
         {"beta": (0.5, 2.0)},
@@ -244,7 +242,7 @@ def train_method(
     if method.loss is losses.kto:
         loss = partial(recorded, loss=loss, z_0=z_0)
     P = int(preferences.prompt.max()) + 1
-    for k in range(method.rounds):
+    for k in range(min(method.rounds, P)):
         given = common.subset(preferences, torch.arange(k, P, method.rounds))
         round_seed = 1000 * how.seed + k
         round = make_round(given, policy, reference, dataset, K, hyper["beta"], round_seed, device)

@@ -1,6 +1,6 @@
 """Check any DPO implementation against the theorems of the paper.
 
-    python -m beyond.conformance my_dpo.py      a file, or the name of an importable module
+    python -m beyond.conformance my_dpo.py      a file NAME.py, or the name of an importable module
 
 The file offers some of the functions in `OFFERS`. docs/conformance.md has a template. The theorems
 are those of tests/theorems/, which our own test suite points at dpo.py. A theorem takes the offered
@@ -105,7 +105,7 @@ def load(target: str) -> dict[str, Callable]:
     """The functions that a file or module offers, adapted. Raises BadInput."""
     path = Path(target)
     try:
-        if path.suffix == ".py" or path.exists():
+        if path.suffix == ".py":
             module = import_file(path)
         else:
             module = importlib.import_module(target)
@@ -118,13 +118,29 @@ def load(target: str) -> dict[str, Callable]:
 
 
 def import_file(path: Path) -> ModuleType:
-    """The file as a module of its own. Its folder is importable, as it is for `python path`."""
-    sys.path.insert(0, str(path.resolve().parent))
+    """The file as a module of its own. Its folder is importable, as it is for `python path`.
+
+    While it is imported, modules of ours are hidden if its folder has others of the same name.
+    """
+    folder = path.resolve().parent
+    sys.path.insert(0, str(folder))
+    theirs = {found.stem for found in folder.iterdir()}
+    names = [name for name in sys.modules if name.partition(".")[0] in theirs]
+    hidden = {name: sys.modules.pop(name) for name in names if is_ours(name, folder)}
     spec = importlib.util.spec_from_file_location(f"offered_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.modules.update(hidden)
     return module
+
+
+def is_ours(name: str, folder: Path) -> bool:
+    """Whether an imported module is part of this project, but not of `folder`."""
+    file = Path(getattr(sys.modules[name], "__file__", None) or "")
+    return file.is_relative_to(ROOT) and not file.is_relative_to(folder)
 
 
 def adapt(module) -> dict[str, Callable]:
@@ -414,15 +430,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m beyond.conformance", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("implementation", help="a Python file, or the name of a module")
+    parser.add_argument("implementation", help="a file NAME.py, or the name of a module")
     args = parser.parse_args(arguments)
-    try:
-        offered = load(args.implementation)
-    except BadInput as e:
-        print(" ".join(str(e).split()), file=sys.stderr)
-        return 2
     torch.set_num_threads(1)  # the theorems use small tensors
     with hypothesis_profile(examples=60):
+        theorems()  # imports them before the file, whose folder may have modules of the same names
+        try:
+            offered = load(args.implementation)
+        except BadInput as e:
+            print(" ".join(str(e).split()), file=sys.stderr)
+            return 2
         results = run(offered)
     print(report(results))
     return int(any(result.outcome == "fails" for result in results))

@@ -40,6 +40,7 @@ from lib.io import BadInput, atomic_write
 
 SPEAKER = {"user": "Human", "assistant": "Assistant", "system": "System"}
 ASSISTANT = "\n\nAssistant:"
+UNLIKE = f"chosen and rejected must begin with the same turn, then {ASSISTANT!r}"
 Candidate = tuple[str, str, str, float]  # prompt, y_1, y_2, r_1 - r_2
 
 # ------------------------------------------------- files
@@ -92,9 +93,8 @@ def recognise(row: object) -> tuple[str, list[Candidate]]:
     if kinds == [list, list, list]:
         return "conversation", answers(row)
     if kinds[1:] == [list, list]:
-        y_w, y_l = (transcript(row[name], name) for name in ("chosen", "rejected"))
-        return "conversations", split(y_w, y_l)
-    if kinds[1:] == [str, str]:
+        return "conversations", continuations(row)
+    if kinds == [type(None), str, str]:
         return "transcripts", split(row["chosen"], row["rejected"])
     if isinstance(row.get("completions"), list):
         return "scores", scored(row)
@@ -110,6 +110,21 @@ def answers(row: dict) -> list[Candidate]:
     return certain(prompt + ASSISTANT, *(y.removeprefix(ASSISTANT) for y in (y_w, y_l)))
 
 
+def continuations(row: dict) -> list[Candidate]:
+    """Split two conversations after the last user turn that they share."""
+    w, l = ([transcript([m], name) for m in row[name]] for name in ("chosen", "rejected"))
+    n = 0  # messages in the prompt
+    for i, (y_w, y_l) in enumerate(zip(w, l, strict=False)):
+        if y_w.startswith(ASSISTANT) and y_l.startswith(ASSISTANT):
+            n = i
+        if y_w != y_l:
+            break
+    if n == 0:
+        raise BadInput(UNLIKE)
+    y_w, y_l = ("".join(y[n:]).removeprefix(ASSISTANT) for y in (w, l))
+    return certain("".join(w[:n]) + ASSISTANT, y_w, y_l)
+
+
 def split(chosen: str, rejected: str) -> list[Candidate]:
     """Split two transcripts after the last user turn that they share."""
     w, l = chosen.split(ASSISTANT), rejected.split(ASSISTANT)
@@ -117,7 +132,7 @@ def split(chosen: str, rejected: str) -> list[Candidate]:
     while n < min(len(w), len(l)) - 1 and w[n] == l[n]:
         n += 1
     if n == 0 or not w[0].strip():
-        raise BadInput(f"chosen and rejected must begin with the same turn, then {ASSISTANT!r}")
+        raise BadInput(UNLIKE)
     prompt = ASSISTANT.join([*w[:n], ""])
     return certain(prompt, ASSISTANT.join(w[n:]), ASSISTANT.join(l[n:]))
 
@@ -132,8 +147,9 @@ def certain(prompt: str, chosen: str, rejected: str) -> list[Candidate]:
 def scored(row: dict) -> list[Candidate]:
     """All pairs of a prompt's completions."""
     found = [c if isinstance(c, dict) else {"text": c} for c in row["completions"]]
-    inside = [c.get("overall_score", c.get("score")) for c in found]
-    scores, texts = row.get("scores", inside), [c.get("response", c.get("text")) for c in found]
+    texts = [first(c, "response", "text") for c in found]
+    inside = [first(c, "overall_score", "score") for c in found]
+    scores = inside if row.get("scores") is None else row["scores"]
     if not isinstance(scores, list) or len(scores) != len(texts):
         raise BadInput(f"needs {len(texts)} scores, one for each completion")
     if not all(isinstance(r, float) and math.isfinite(r) for r in scores):
@@ -146,6 +162,11 @@ def scored(row: dict) -> list[Candidate]:
         texts = [f" {text}" for text in texts]
     pairs = combinations(zip(texts, scores, strict=True), 2)
     return [(prompt, y_1, y_2, r_1 - r_2) for (y_1, r_1), (y_2, r_2) in pairs]
+
+
+def first(values: dict, *names: str) -> object:
+    """The first of these values that is not None, if any."""
+    return next((values[name] for name in names if values.get(name) is not None), None)
 
 
 def transcript(messages: list, name: str) -> str:

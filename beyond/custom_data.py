@@ -24,14 +24,19 @@ FIELDS = ("prompt", "chosen", "rejected")
 FEW = 30  # with fewer held-out pairs, accuracy says little
 
 
-def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) -> Dataset:
+def load_pairs(
+    path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None, labels: str = "bt"
+) -> Dataset:
     """A tenth of the prompts are held out. pi_ref is fine-tuned on prompt + chosen of the others.
 
     Prompt and response are encoded separately, so that no token spans both. Responses end with the
-    end token. Pairs that do not fit in the context are dropped. Raises BadInput.
+    end token. Pairs that do not fit in the context are dropped. `labels` is how scores become
+    labels: bt or argmax. Raises BadInput.
     """
+    if labels == "soft":
+        raise BadInput(f"{path}: --labels soft needs a known r*; use bt or argmax")
     with open_user_file(path, "preferences"):
-        found, recognised = convert(path, "bt", seed)
+        found, recognised = convert(path, labels, seed)
     print(recognised)
     if not any(p["prompt"][-1:].isspace() or p["chosen"][:1].isspace() for p in found):
         print("no space separates prompt and response: they are concatenated as they are")
@@ -46,17 +51,19 @@ def load_pairs(path: Path, sizes: Sizes, seed: int, tokens: list[bytes] | None) 
         dropped = f"{len(found) - len(pairs):,} of {len(found):,} pairs"
         print(f"{dropped} do not fit in --context {sizes.context} and are dropped")
     prompts = sorted({x for x, _, _ in pairs})
-    if len(prompts) < 2:
-        raise BadInput(f"{path}: fewer than two different prompts fit in --context {sizes.context}")
+    if len(prompts) < 3:
+        few = "fewer than three different prompts"
+        raise BadInput(f"{path}: {few} fit in --context {sizes.context}")
     n = min(len(prompts) - 1, max(2, math.ceil(len(prompts) / 10)))
-    held_out = set(random.Random(seed).sample(prompts, n))
+    held_out = {x: i for i, x in enumerate(random.Random(seed).sample(prompts, n))}  # random order
     train = [pair for pair in pairs if pair[0] not in held_out]
     held = [pair for pair in pairs if pair[0] in held_out]
+    held.sort(key=lambda pair: held_out[pair[0]])
     if len(held) < FEW:
         print(f"only {len(held)} pairs are held out: accuracy on them says little")
     return Dataset(
         tokens,
-        eval_prompts=[list(x) for x in prompts if x in held_out][: sizes.eval_prompts],
+        eval_prompts=[list(x) for x in held_out][: sizes.eval_prompts],
         sft_texts=[[*x, *y_w] for x, y_w, _ in train],
         prompts=[],
         pairs=to_preferences(train),
@@ -78,14 +85,14 @@ def with_ref_logps(
 def to_preferences(pairs: list[tuple]) -> Preferences:
     """Encoded pairs as tensors. Their log-probabilities under pi_ref are still 0.
 
-    A response that occurs in several pairs of a prompt is one row.
+    Prompts keep their order. A response that occurs in several pairs of a prompt is one row.
     """
+    numbers = {x: i for i, x in enumerate(dict.fromkeys(x for x, _, _ in pairs))}
     rows: dict[tuple, int] = {}
-    for x, y_w, y_l in sorted(pairs, key=lambda pair: pair[0]):
+    for x, y_w, y_l in sorted(pairs, key=lambda pair: numbers[pair[0]]):
         for y in (y_w, y_l):
             rows.setdefault((x, y), len(rows))
     index = [[rows[x, y_w], rows[x, y_l]] for x, y_w, y_l in pairs]
-    numbers = {x: i for i, x in enumerate(dict.fromkeys(x for x, _ in rows))}
     prompt = torch.tensor([numbers[x] for x, _ in rows])
     ids, mask = collate([[*x, *y] for x, y in rows], [len(x) for x, _ in rows])
     ref_logps, weight = torch.zeros(ids.shape), torch.ones(len(pairs))
@@ -94,25 +101,34 @@ def to_preferences(pairs: list[tuple]) -> Preferences:
 
 def accuracy_line(point: dict) -> str:
     """The accuracy of a policy on the held-out pairs, with its interval."""
-    p, n = point["pair_accuracy"], point["pairs"]
-    low, high = wilson_interval(p, n)
+    p, pairs, prompts = (point[key] for key in ("pair_accuracy", "pairs", "held_out_prompts"))
+    low, high = wilson_interval(p, prompts)  # pairs of one prompt are not independent
+    on = f"{pairs} pairs" if pairs == prompts else f"{pairs} pairs of {prompts} prompts"
     interval = f"95 % interval {low:.2f} to {high:.2f}"
-    return f"beta {point['beta']:g}: held-out accuracy {p:.2f} on {n} pairs, {interval}"
+    return f"beta {point['beta']:g}: held-out accuracy {p:.2f} on {on}, {interval}"
 
 
 def wilson_interval(p: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion p observed in n cases (Wilson 1927)."""
+    """The 95 % interval of a proportion p observed in n cases (Wilson 1927). It contains p."""
     z2 = 1.96**2
     half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (p + z2 / (2 * n) - half) / (1 + z2 / n), (p + z2 / (2 * n) + half) / (1 + z2 / n)
+    low, high = ((p + z2 / (2 * n) + side) / (1 + z2 / n) for side in (-half, half))
+    return min(p, low), max(p, high)  # p is 0 or 1: equal, up to rounding
 
 
 def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device) -> str:
-    """How long training and scoring will take, estimated from one step on random tokens."""
+    """How long training and scoring will take, estimated from one step on random tokens.
+
+    A small step comes first, so that the time does not include start-up.
+    """
     pi = load_gpt(checkpoint, device)
     ids = torch.randint(256, (8, min(pi.config.context, 256)), device=device)
-    start = time.perf_counter()
-    fast_response_logps(pi, ids, torch.arange(ids.size(1)).expand_as(ids) > 0).sum().backward()
+    for some in (ids[:1, :32], ids):
+        start = time.perf_counter()
+        mask = torch.arange(some.size(1)).expand_as(some) > 0
+        fast_response_logps(pi, some, mask).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - start) / ids.numel() * tokens_to_train(cfg, dataset)
     time_ = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     return f"training takes about {time_} if no stage is cached"

@@ -132,6 +132,8 @@ def load(folder: Path, pi: GPT, optimizer: torch.optim.Optimizer) -> list[dict]:
 def train_dpo(reference: dict, preferences: dpo.Preferences, loss: dpo.Loss, how: train.Training,
               look: Callable[..., dict], device: torch.device, job: Job) -> dict:  # fmt: skip
     """Like `train.train_dpo`, sharded."""
+    if not len(preferences.pairs):
+        raise BadInput("there are no pairs: all completions are equally good or identical")
     s, _ = job
     how_sharded = s.replicate, s.checkpoint_activations, s.compile
     pi_theta, pi_ref = shard(reference, device, *how_sharded), shard(reference, device, s.replicate)
@@ -167,7 +169,7 @@ class ParallelStage(Stage):
         if function is train_dpo:
             folder = self.folder.absolute() / "checkpoints" / stage_key(function, args)
             args = *args, (self.settings, folder)
-        elif not isinstance(function, partial):
+        elif "infer" not in inspect.signature(function).parameters:
             return function(*args)
         call = partial(function, *args)
         dist.broadcast_object_list([call])
@@ -205,11 +207,11 @@ def check_loss(loss: dpo.Loss, name: str):
         raise BadInput(f"--loss {name}: couples the prompts of a batch, so it needs train.py")
 
 
-def in_group(work: Callable[[], object]) -> object:
+def in_group(work: Callable[[], object], device: torch.device) -> object:
     """Call work() in the group of all processes. Raises BadInput if another process ends."""
     if "RANK" not in os.environ:
         raise BadInput("start it with torchrun, see --help")
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=datetime.timedelta(days=1))  # gloo, and nccl for GPUs
     try:
@@ -223,10 +225,10 @@ def in_group(work: Callable[[], object]) -> object:
 def main(argv: list[str]) -> int:
     args, settings = cli.parse("beyond.distributed", __doc__, Settings, train.PRESETS, argv)
     if os.environ.get("RANK", "0") == "0":
-        work = partial(in_group, partial(lead, args, settings))
+        work = partial(in_group, partial(lead, args, settings), args.device)
         return cli.run_cli("beyond.distributed", args.out, args.debug, work)
     with contextlib.suppress(BadInput, KeyboardInterrupt):  # process 0 reports them
-        in_group(partial(follow, settings))
+        in_group(partial(follow, settings), args.device)
     return 0
 
 

@@ -61,8 +61,7 @@ class Config(figure2.Config):
 
 def counts(ids: Tensor, mask: Tensor, groups: int) -> Tensor:
     """How often each group of tokens occurs in the responses, (B, groups). Group: id mod groups."""
-    one_hot = F.one_hot(ids % groups, groups) * mask[..., None]
-    return one_hot.sum(1).float()
+    return torch.zeros(len(ids), groups).scatter_add_(1, ids % groups, mask.float())
 
 
 def fit_bag(preferences: Preferences, groups: int, seed: int) -> dict:
@@ -124,6 +123,8 @@ def part(preferences: Preferences, n: int) -> Preferences:
 
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
     """Both experiments. Returns the content of results.json."""
+    if max(cfg.sizes) > cfg.prompts or cfg.classes not in cfg.sizes:
+        raise BadInput("--sizes must be at most --prompts, and contain --classes")
     e = common.prepare(cfg, stage, device)
     points = []
 

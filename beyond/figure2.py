@@ -164,7 +164,11 @@ def reward_accuracy(
 
 
 def learned(model: dict, reference: dict, device: torch.device) -> tuple[Reward, ValueModel]:
-    """r_phi, which is also the initial critic."""
+    """r_phi, which is also the initial critic.
+
+    The critic keeps the scale of r_phi. Scaled like the reward in `train_ppo`, it did worse
+    (results/figure2-search/search.md).
+    """
     r_phi = load_reward(model, reference, device)
     return ppo.reward_of(r_phi), r_phi
 
@@ -269,13 +273,20 @@ def name_of(one: dict) -> str:
 
 
 def cost(one: dict, name: str, e: Experiment, stage: Stage) -> dict[str, float]:
-    """Responses that were sampled for a run, and seconds of sampling, scoring and training."""
+    """Responses that were sampled for a run, and seconds of sampling, scoring and training.
+
+    The 2,000 responses by which PPO-GT scales its reward are not counted.
+    """
     made = e.completions[0].size(0) if one["method"] != "PPO-GT" else 0
-    seconds = stage.seconds[name] + (stage.seconds["completions"] if made else 0.0)
-    if one["method"] == "PPO":
-        seconds += stage.seconds["reward-model"]
+    seconds = stage.seconds[name] + shared_seconds(one["method"], stage.seconds)
     drawn = e.cfg.ppo_iterations * e.cfg.ppo_batch if one["method"].startswith("PPO") else 0
     return {"samples": made + drawn, "seconds": round(seconds, 1)}
+
+
+def shared_seconds(method: str, seconds: dict[str, float]) -> float:
+    """Seconds of the stages that all runs of a method share: preferences, and the reward model."""
+    stages = {"PPO": ("completions", "reward-model"), "PPO-GT": ()}.get(method, ("completions",))
+    return sum(seconds[name] for name in stages)
 
 
 # ------------------------------------------------- curves and claims
@@ -441,7 +452,8 @@ def draw(runs: list[dict]) -> Figure:
     results = common.average(runs)
     figure = Figure((11, 9), layout="constrained")
     (near, left), (right, cost) = figure.subplots(2, 2)
-    limit = 1.1 * max(p["kl"] for p in results["points"] if p["method"] in ("DPO", "PPO-GT", "PPO"))
+    points = [p for p in results["points"] if p["method"] in ("DPO", "PPO-GT", "PPO")]
+    limit = 1.1 * max(p["kl"] for p in points or results["points"])
     papers = PAPER if results["config"]["data"] == "imdb" else {}
     wide = max([limit, *(1.1 * kl for points in papers.values() for kl, _ in points)])
     panels = (near, "gain", min(NEAR, limit)), (left, "gain", limit), (right, "p_positive", wide)
@@ -471,7 +483,8 @@ def draw_cost(ax, results: dict, limit: float):
     for method, (marker, color) in LOOK.items():
         points = [p for p in results["points"] if p["method"] == method]
         if points:
-            seconds = np.cumsum([p["seconds"] for p in points])
+            shared = shared_seconds(method, results["seconds"])
+            seconds = shared + np.cumsum([p["seconds"] - shared for p in points])
             best = np.maximum.accumulate([p["gain"] * (p["kl"] <= limit) for p in points])
             ax.step(seconds, best, marker, ls="-", color=color, ms=4, where="post")
     ax.set(xlabel="seconds of training, all runs so far", ylabel="largest gain so far, nats")

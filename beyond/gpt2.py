@@ -91,17 +91,17 @@ def fetch(url: str, path: Path):
     What has arrived is kept in PATH.part, so that the next call continues there.
     """
     part = path.with_name(f"{path.name}.part")
-    have = part.stat().st_size if part.exists() else 0
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # a range must not be empty
     headers = KeepHeaders()
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.build_opener(headers).open(request, timeout=60) as response:
             headers.keep(response.headers)
             if response.status != 206:  # the server sends everything
                 have = 0
             size, checksum = promised(response.headers, headers.linked, have)
             write_part(response, part, have, size)
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: no URL
         if getattr(e, "code", None) == 416:  # the part is longer than the file
             part.unlink()
         raise BadInput(f"{url}: download failed ({e}); repeat the command to continue") from e
@@ -125,9 +125,10 @@ def promised(headers, linked: dict[str, str], have: int) -> tuple[int, str]:
 
 
 def write_part(response, part: Path, have: int, size: int):
-    """Append the response to the part, or replace the part if none of it is valid."""
+    """Keep the first `have` bytes of the part, and append the response."""
     how = {"total": size, "initial": have, "unit": "B", "unit_scale": True}
-    with open(part, "ab" if have else "wb") as f, tqdm(desc=part.stem, **how) as bar:
+    with open(part, "ab") as f, tqdm(desc=part.stem, **how) as bar:
+        f.truncate(have)
         while block := response.read(1 << 20):
             f.write(block)
             bar.update(len(block))
@@ -144,7 +145,7 @@ def checksum_of(path: Path, like: str) -> str:
 
 def ensure_gpt2(name: str) -> Path:
     """The checkpoint of a published model, in the cache. It is downloaded once. Raises BadInput."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     checkpoint, folder = cache_dir() / f"{name}.pt", cache_dir() / name
     if checkpoint.exists():
         return checkpoint

@@ -41,7 +41,7 @@ def ngrams(ids: list[int]) -> np.ndarray:
     a = np.array([*ids, 0, 0], dtype=np.int64) + 1
     two = a[:-1] * 8191 + a[1:]
     runs = np.concatenate((a[:-2], two[:-1] * 3 + 1, (two[:-1] * 131071 + a[2:]) * 3 + 2))
-    return np.unique(runs * 2654435761 % (1 << 61) % N_FEATURES)
+    return np.unique(runs * 2654435761 % N_FEATURES)
 
 
 def bag(texts: list[np.ndarray], weight: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def train_judge(reviews: dict[str, list[str]], tokens: list[bytes]) -> dict:
 def judge(folder: Path, imdb: Path | None, samples: int) -> list[dict]:
     """Sample each policy of a run, and compare r* with the judge. Raises BadInput."""
     config = read_config(folder)
-    if config.get("data") != "imdb":
+    if config.get("data") != "imdb" or not config.get("beta"):
         raise BadInput(f"{folder}: is not a finished run with --data imdb")
     models = load_models(folder, torch.device("cpu"))
     shared = Stage(cache_dir() / "imdb")

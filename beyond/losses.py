@@ -87,6 +87,8 @@ def robust(logps: Tensor, batch: Preferences, beta: float, epsilon: float = 0.1)
     epsilon < 1/2. The mean over labels flipped with probability epsilon is Eq. 7 of the clean
     label, so the optimum under this noise is the tilt. The loss of one pair has no lower bound.
     """
+    if not 0 <= epsilon < 0.5:
+        raise BadInput(f"robust: epsilon {epsilon:g} is not in [0, 0.5)")
     A, B = log_ratios(logps, batch)
     z = beta * (A - B)
     losses = -(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)
@@ -347,7 +349,7 @@ def plackett_luce(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
     place, order = lost[rows].masked_fill(~ranked, math.inf).sort(-1)
     expected = torch.arange(rows.size(1), device=rows.device)
     if (place.isfinite() & (place != expected)).any():
-        raise BadInput("the pairs of a prompt are not a ranking: label them with --labels argmax")
+        raise BadInput("the pairs of a prompt are not a ranking: try --pairs best-worst")
 
     r_hat = dpo.implicit_reward(logps.sum(-1), batch.ref_logps.sum(-1), beta)
     r_ranked = r_hat[rows].masked_fill(~ranked, -1e30).gather(-1, order)  # unranked rows last

@@ -34,14 +34,14 @@ from lib.evaluate import EvalSet, optimal_frontier
 from lib.io import BadInput, atomic_write, open_user_file
 from lib.optim import bf16_supported
 from lib.stage import Stage
-from train import PRESETS, Config
+from train import PI_REF, PRESETS, Config
 
 PANELS = {  # metric in the curves: title
     "loss": "loss",
     "accuracy": "accuracy on training pairs",
     "margin": "margin, nats",
-    "r_hat_w": r"$\log \pi_\theta / \pi_{ref}$ of $y_w$, nats",
-    "r_hat_l": r"$\log \pi_\theta / \pi_{ref}$ of $y_l$, nats",
+    "r_hat_w": r"implicit reward of $y_w$ / $\beta$, nats",
+    "r_hat_l": r"implicit reward of $y_l$ / $\beta$, nats",
     "kl": r"KL($\pi_\theta$, $\pi_{ref}$), nats",
 }
 COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # of the betas
@@ -152,6 +152,12 @@ def method(config: dict) -> str:
     return name if ":" in config["loss"] else name.upper()
 
 
+def portable(init: str) -> str:
+    """--init as it was given, but the shipped pi_ref as a path in the project."""
+    shipped = init and Path(init).resolve() == Path(PI_REF).resolve()
+    return "lib/pi_ref.pt" if shipped else init
+
+
 def command(config: dict) -> str:
     """The command line of a run: the settings that differ from the defaults of its dataset."""
     dataset = config["data"] if config["data"] in ("toy", "imdb") else "own"
@@ -159,7 +165,7 @@ def command(config: dict) -> str:
     for field in dataclasses.fields(Config):
         default = PRESETS.get(dataset, {}).get(field.name, field.default)
         default = list(default) if isinstance(default, tuple) else default
-        default = Path(default).name if field.name == "init" else default
+        default = portable(default) if field.name == "init" else default
         value = config[field.name]
         if field.metadata and value not in (None, default):
             values = [] if value is True else value if isinstance(value, list) else [value]
@@ -189,9 +195,9 @@ def coloured(word: str, value: float) -> str:
 
 def response(prompt: str, text: str, reward: Reward | None) -> str:
     """The words after the prompt, with the colour of their contribution."""
-    words, start = text.split(), len(prompt.split())
+    words = text.removeprefix(prompt).split()
     values = contributions(text, reward) if reward else [0.0] * len(words)
-    return " ".join(map(coloured, words[start:], values[start:])) or "(nothing)"
+    return " ".join(map(coloured, words, values[-len(words) :])) or "(nothing)"
 
 
 def samples(results: dict, reward: Reward | None) -> str:
@@ -242,7 +248,7 @@ def draw_frontier(results: dict) -> Figure:
     kl, y, kl_se, y_se = np.array(columns)
     bars, label = 2 * y_se, f"{method(results['config'])}, ±2 standard errors"
     if not known:
-        intervals = [wilson_interval(p["pair_accuracy"], p["pairs"]) for p in points]
+        intervals = [wilson_interval(p["pair_accuracy"], p["held_out_prompts"]) for p in points]
         low, high = np.transpose(intervals)
         bars, label = (y - low, high - y), f"{method(results['config'])}, 95 % intervals"
     ax.errorbar(kl, y, bars, 2 * kl_se, "o", color=ORANGE, label=label)
@@ -293,7 +299,7 @@ def draw_curves(curves: dict) -> Figure:
         for i, (beta, rows) in enumerate(curves.items()):
             points = [(step, row[name]) for step, row in enumerate(rows, 1) if name in row]
             step, values = np.transpose(points)
-            if name.startswith("r_hat"):
+            if name.startswith("r_hat"):  # for DPO: log pi_theta / pi_ref
                 values = values / float(beta)
             colour = COLOURS[i % len(COLOURS)]
             window = max(1, len(values) // 20)
@@ -401,7 +407,7 @@ def write_results(
     tokenizer = load_tokenizer(dataset.tokens)
     frontier = {} if dataset.reward is None else optimal_frontier(eval_set.rewards)
     results = {
-        "config": vars(cfg) | {"init": Path(cfg.init).name, "imdb": cfg.imdb and cfg.imdb.name},
+        "config": vars(cfg) | {"init": portable(cfg.init), "imdb": cfg.imdb and cfg.imdb.name},
         "reference": eval_set.about,
         "points": [evaluation["point"] for _, evaluation in runs.values()],
         "frontier": {

@@ -13,7 +13,6 @@ with the same weights. The result, pi_ref.pt, has its weights in bfloat16.
 """
 
 import argparse
-import hashlib
 import io
 import random
 import re
@@ -32,9 +31,10 @@ from beyond.bpe import learn_tokenizer
 from beyond.custom_model import read_checkpoint
 from beyond.muon import Muon
 from data import cut_prompts, decode_rows, load_tokenizer, openings, read_imdb
+from lib import cli
 from lib.checkpoint import load_gpt, to_checkpoint
 from lib.inference import collate, compute_logps, fast_response_logps, generate
-from lib.io import BadInput, atomic_write, open_user_file
+from lib.io import BadInput, atomic_write, open_user_file, sha256
 from lib.optim import bf16_supported
 from model import GPT, GPTConfig
 
@@ -105,10 +105,16 @@ def read_corpus(reviews: list[str], tokenizer: tiktoken.Encoding) -> Corpus:
 
 
 def prepare(reviews: list[str], settings: Settings, path: Path) -> tuple[list[bytes], Corpus]:
-    """The tokens and the corpus, which are made once and kept at `path`."""
+    """The tokens and the corpus, which are made once and kept at `path`.
+
+    Raises BadInput if those at `path` were made from other reviews, or with another vocab_size.
+    """
+    made_from = [sha256("\n".join(reviews).encode()), settings.vocab_size]
     if path.exists():
         with open_user_file(path, "a prepared corpus; delete it to prepare it again"):
             kept = torch.load(path, weights_only=True)
+            if kept["made_from"] != made_from:
+                raise BadInput(f"{path}: was made from other reviews; use another --out")
             arrays = [kept[name].numpy() for name in ("ids", "start", "stop", "opening")]
             return kept["tokens"], Corpus(*arrays)
     print("learning the tokenizer")
@@ -116,7 +122,7 @@ def prepare(reviews: list[str], settings: Settings, path: Path) -> tuple[list[by
     print("encoding the reviews")
     corpus = read_corpus(reviews, load_tokenizer(tokens))
     arrays = {name: torch.from_numpy(array) for name, array in vars(corpus).items()}
-    save(path, arrays | {"tokens": tokens})
+    save(path, arrays | {"tokens": tokens, "made_from": made_from})
     return tokens, corpus
 
 
@@ -286,25 +292,24 @@ def run(imdb: Path, out: Path, settings: Settings):
         print(f"at temperature {temperature:g}:")
         pi = load_gpt(read_checkpoint(out / "pi_ref.pt"), torch.device("cpu"))
         report(pi, tokens, reviews, out)
-    digest = hashlib.sha256((out / "pi_ref.pt").read_bytes()).hexdigest()
-    print(f"{out / 'pi_ref.pt'}: sha256 {digest}")
+    print(f"{out / 'pi_ref.pt'}: sha256 {sha256((out / 'pi_ref.pt').read_bytes())}")
 
 
 def main(argv: list[str]) -> int:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("beyond.pretrain", None, __doc__, formatter_class=style)
-    parser.add_argument("--imdb", type=Path, required=True, help="the IMDb archive")
-    parser.add_argument("--out", type=Path, default=Path("pi_ref"), help="the output folder")
-    parser.add_argument(
-        "--steps", type=int, default=Settings.steps, help="rounded up to a multiple of 100"
-    )
-    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser = cli.Parser(prog="beyond.pretrain", description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--imdb", type=Path, required=True, help="the IMDb archive")
+    add("--out", type=Path, default=Path("pi_ref"), help="the output folder")
+    steps = "rounded up to a multiple of 100"
+    add("--steps", type=cli.at_least(1), default=Settings.steps, metavar="N", help=steps)
+    add("--seed", type=cli.at_least(0), default=Settings.seed, metavar="N")
     args = parser.parse_args(argv)
     settings = Settings(steps=-(-args.steps // ROUND) * ROUND, seed=args.seed)
     try:
         run(args.imdb, args.out, settings)
-    except BadInput as e:
-        print(f"beyond.pretrain: {e}", file=sys.stderr)
+    except (BadInput, OSError) as e:
+        print(f"beyond.pretrain: {' '.join(str(e).split())[:500]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("beyond.pretrain: interrupted; repeat the command to continue", file=sys.stderr)

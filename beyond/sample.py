@@ -17,7 +17,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from lib.io import BadInput, open_user_file
 from lib.stage import Stage
 from model import GPT, sample
 
-POLICY = re.compile(r"(?!eval-)(\w+)-(\d[\d.e+-]*)")  # the stem of dpo-0.5.pt
+POLICY = re.compile(r"(?!eval-)(\w+)-(\d+(?:\.\d+)?(?:e[+-]\d+)?)")  # the stem of dpo-0.5.pt
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,19 @@ def load_models(path: Path, device: torch.device) -> Models:
 
 
 def read_policies(folder: Path) -> dict[str, dict]:
-    """The checkpoints of a run by name: pi_ref, if it is found, then those of each beta."""
-    files = {}
-    for path in folder.glob("*.pt"):
+    """The checkpoints of a run by name: pi_ref, if it is found, then those of each beta.
+
+    Policies that are left over from an earlier pi_ref are skipped.
+    """
+    files, skipped = {}, []
+    for path in sorted(folder.glob("*.pt")):
         if match := POLICY.fullmatch(path.stem):
-            files[match[1], float(match[2])] = path
+            if is_left_over(path):
+                skipped.append(path.name)
+            else:
+                files[match[1], float(match[2])] = path
+    if skipped:
+        print(f"skipped, because reference.pt is newer: {', '.join(skipped)}", file=sys.stderr)
     found = {}
     if reference := read_reference(folder):
         found["pi_ref"] = reference
@@ -95,13 +103,36 @@ def read_reference(folder: Path) -> dict | None:
     return read_checkpoint(path) if path.exists() else None
 
 
+def is_left_over(policy: Path) -> bool:
+    """Whether a policy was trained from an earlier pi_ref than the one in its folder.
+
+    A policy is newer than its pi_ref, unless the run found it in the cache; then the run's
+    results.json names it.
+    """
+    reference, results = policy.with_name("reference.pt"), policy.with_name("results.json")
+    files = [policy, results] if policy.stem in read_results(policy.parent)[1] else [policy]
+    newest = max(file.stat().st_mtime for file in files)
+    return reference.exists() and newest < reference.stat().st_mtime
+
+
 def read_config(folder: Path) -> dict:
     """The settings in results.json, or {} before the first beta is done."""
+    return read_results(folder)[0]
+
+
+def read_results(folder: Path) -> tuple[dict, set[str]]:
+    """The settings in results.json, and the names of its policies, such as dpo-0.5.
+
+    Both are empty before the first beta is done.
+    """
     path = folder / "results.json"
     if not path.exists():
-        return {}
+        return {}, set()
     with open_user_file(path, "the results of a run"):
-        return dict(json.loads(path.read_bytes())["config"])
+        results = json.loads(path.read_bytes())
+        config = dict(results["config"])
+        loss = str(config.get("loss")).split(":")[-1]
+        return config, {f"{loss}-{beta}" for beta in results.get("curves", {})}
 
 
 def true_reward(folder: Path) -> Reward | None:
@@ -189,8 +220,13 @@ def show_pair(path: Path, models: Models, number: int) -> str:
 
 @torch.no_grad()
 def order_pairs(path: Path, models: Models, n: int) -> str:
-    """The held-out pairs with the largest and the smallest margin of each policy, n of each."""
+    """The held-out pairs with the largest and the smallest margin of each policy, n of each.
+
+    With soft labels, which contain both orders, a pair has the likelier one.
+    """
     pairs = load_stage(path / "eval_set.pt").pairs
+    likelier = pairs.weight >= 0.5
+    pairs = replace(pairs, pairs=pairs.pairs[likelier], weight=pairs.weight[likelier])
     texts = decode_rows(pairs.ids, models.tokenizer)
     lines, n = [], min(n, max(1, len(pairs.pairs) // 2))
     for name, pi in models.policies.items():

@@ -5,11 +5,11 @@
     N  parameters    L  layers    C  width    V  vocabulary    T  tokens of a row    W  GPUs
 
 Assumptions: AdamW; parameters, gradients and moments are float32 and sharded over W GPUs;
-`fully_shard` applied to each block and to the rest, with param_dtype bfloat16 and reduce_dtype
-float32; activation checkpointing of each block; attention that does not keep its probabilities; one
-pair for each GPU; log pi_ref computed before training. Sizes are in bytes, and only matrix products
-count as FLOPs, 2 for each multiply-add. The models of 7B and 70B parameters have Llama 2's
-number of layers and heads, width and vocabulary, but GPT-2's blocks.
+`fully_shard` applied to each block and to the rest, as in beyond/sharded.py, with param_dtype
+bfloat16 and reduce_dtype float32; activation checkpointing of each block; attention that does not
+keep its probabilities; one pair for each GPU; log pi_ref computed before training. Sizes are in
+bytes, and only matrix products count as FLOPs, 2 for each multiply-add. The models of 7B and 70B
+parameters have Llama 2's number of layers and heads, width and vocabulary, but GPT-2's blocks.
 
 The parameters, FLOPs, activations and optimizer state were measured on small models; see
 tests/test_scale.py. The rest are formulas. What this file leaves out: fragmentation, framework
@@ -37,9 +37,14 @@ def block_parameters(c: GPTConfig) -> int:
     return 12 * c.n_embd**2 + 13 * c.n_embd
 
 
+def root_parameters(c: GPTConfig) -> int:
+    """(V + context + 2) C outside the blocks. The output matrix is the token embedding."""
+    return (c.vocab_size + c.context + 2) * c.n_embd
+
+
 def parameters(c: GPTConfig) -> int:
-    """N = L (12 C^2 + 13 C) + (V + context) C + 2 C. The output matrix is the token embedding."""
-    return c.n_layer * block_parameters(c) + (c.vocab_size + c.context + 2) * c.n_embd
+    """N = L (12 C^2 + 13 C) + (V + context + 2) C."""
+    return c.n_layer * block_parameters(c) + root_parameters(c)
 
 
 def forward_flops(c: GPTConfig, T: int) -> int:
@@ -82,14 +87,15 @@ def sharded_state(c: GPTConfig, W: int) -> float:
 def unsharded(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> int:
     """What is gathered at any one time on W > 1 GPUs.
 
-    Parameters in bfloat16: of the FSDP unit in use and the next one, or of all units without
-    reshard_after_forward. Gradients of one unit, in bfloat16 and in float32 to be reduced.
+    Parameters in bfloat16: of all blocks, or with reshard_after_forward of the block in use and the
+    next one; and those outside the blocks, which FSDP2 keeps until the backward pass ends.
+    Gradients of one unit, in bfloat16 and in float32 to be reduced.
     """
     if W == 1:
         return 0
-    unit = max(block_parameters(c), (c.vocab_size + c.context + 2) * c.n_embd)
-    gathered = min(2 * unit, parameters(c)) if reshard_after_forward else parameters(c)
-    return BF16 * gathered + (BF16 + FLOAT) * unit
+    block, root = block_parameters(c), root_parameters(c)
+    gathered = root + min(2, c.n_layer) * block if reshard_after_forward else parameters(c)
+    return BF16 * gathered + (BF16 + FLOAT) * max(block, root)
 
 
 def memory(c: GPTConfig, T: int, W: int, reshard_after_forward: bool = True) -> float:
@@ -101,11 +107,11 @@ def memory(c: GPTConfig, T: int, W: int, reshard_after_forward: bool = True) -> 
 def communication(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> float:
     """Bytes that each GPU sends in a step, with ring collectives: (W - 1) / W times
 
-    2 N to all-gather parameters in the forward pass, 2 N for the backward pass with
-    reshard_after_forward, and 4 N to reduce-scatter gradients.
+    2 N to all-gather parameters in the forward pass, 4 N to reduce-scatter gradients, and with
+    reshard_after_forward 2 L (12 C^2 + 13 C) to all-gather the blocks again in the backward pass.
     """
-    gathers = 2 if reshard_after_forward else 1
-    return (W - 1) / W * parameters(c) * (gathers * BF16 + FLOAT)
+    again = c.n_layer * block_parameters(c) if reshard_after_forward else 0
+    return (W - 1) / W * (BF16 * (parameters(c) + again) + FLOAT * parameters(c))
 
 
 def table(T: int) -> str:

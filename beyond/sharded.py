@@ -39,10 +39,10 @@ def shard(
         raise BadInput(f"--replicate {G}: must divide the number of processes, {N}")
     mesh = dist.init_device_mesh(device.type, (G, N // G), mesh_dim_names=("replicate", "shard"))
     how = {"mesh": mesh if G > 1 else mesh["shard"]}
-    if device.type == "cuda":
-        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     pi = load_gpt(checkpoint, torch.device("cpu"))  # fully_shard moves the shards to the device
     pi.bf16 = optim.bf16_supported(device) and pi.config.n_embd >= 128  # as in load_gpt
+    if pi.bf16 and device.type == "cuda":  # else FSDP would write to a bfloat16 copy of the cache
+        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for i, block in enumerate(pi.h):
         if checkpoint_activations:
             block = checkpoint_wrapper(block)
@@ -52,6 +52,8 @@ def shard(
     pi = fully_shard(pi, **how)
     for method in ("hidden", "head"):
         register_fsdp_forward_method(pi, method)
+    # Inside `forward`, the registered methods would gather the embeddings three times in a step.
+    pi.forward = lambda ids: GPT.head(pi, GPT.hidden(pi, ids))
     return pi
 
 

@@ -115,7 +115,7 @@ def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=
         slope = (margin @ gap) / (gap @ gap)  # unweighted: flipping a pair changes nothing
         found["reward_slope"] = slope.item()
         found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()
-    return found | {"pairs": len(pairs.pairs)}
+    return found | {"pairs": len(pairs.pairs), "held_out_prompts": len(pairs.prompt.unique())}
 
 
 # ------------------------------------------------ the optimum
@@ -167,7 +167,8 @@ def fraction_of_optimal(ref_r: Tensor, r: Tensor, kl: Tensor) -> dict:
         return float((r - ref_r) @ w / largest)
 
     found = se = None
-    if 0 < kl.mean() <= optimal_kl.mean(1)[frontier["reliable"]].max(initial=0.0):
+    covered = optimal_kl.mean(1)[frontier["reliable"]]
+    if covered.min(initial=np.inf) <= kl.mean() <= covered.max(initial=0.0):
         found = fraction(np.full(P, 1 / P))
         without_one = [fraction(w) for w in (1 - np.eye(P)) / (P - 1)]
         se = float(np.std(without_one)) * math.sqrt(P - 1)

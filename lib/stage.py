@@ -9,7 +9,8 @@ The key of a result covers
 - the arguments by value: a tensor or a file at a `Path` by content, a callable by its code;
 - the versions of Python and torch, and whether the device supports bfloat16.
 
-The key does not cover code that is found only at run time, for instance by `getattr(object, name)`.
+The key does not cover code that is found only at run time, for instance by `getattr(object, name)`
+or by an import inside a function, nor what a decorator captures.
 """
 
 import ast
@@ -67,6 +68,8 @@ class Describer(pickle.Pickler):
             content = sha256(value.read_bytes())
         elif isinstance(value, torch.device):
             content = [str(value), bf16_supported(value)]
+        elif isinstance(value, set | frozenset):  # whose order can differ between processes
+            content = ["set", *sorted(value, key=repr)]
         elif inspect.isroutine(value) or inspect.isclass(value):
             value = inspect.unwrap(value)
             if in_project(inspect.getmodule(value)):
@@ -87,15 +90,19 @@ class Describer(pickle.Pickler):
         module = inspect.getmodule(definition)
         yield ast.dump(tree)
         for node in ast.walk(tree):
-            owner = module
-            name = getattr(node, "id", None)  # of a Name
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                owner = vars(module).get(node.value.id)
-                name = node.attr  # of MODULE.name
-            if isinstance(owner, ModuleType) and in_project(owner):
-                value = vars(owner).get(name)
-                if not isinstance(value, ModuleType):
-                    yield value
+            value = look_up(node, module)
+            if value is not None and not isinstance(value, ModuleType):
+                yield value
+
+
+def look_up(node: ast.AST, module: ModuleType) -> object:
+    """What NAME, MODULE.NAME or PACKAGE.MODULE.NAME means in a module; None for all else."""
+    if isinstance(node, ast.Attribute):
+        owner, name = look_up(node.value, module), node.attr
+    else:
+        owner, name = module, getattr(node, "id", None)
+    inside = isinstance(owner, ModuleType) and in_project(owner)
+    return vars(owner).get(name) if inside else None
 
 
 @functools.cache

@@ -53,6 +53,8 @@ def test_a_fifth_of_the_labels_are_flipped():
     given = Preferences(*[torch.zeros(1)] * 4, pairs, torch.ones(20_000))
     flipped = ablations.noisy(given, 0).pairs[:, 0] == 1
     assert flipped.double().mean().item() == pytest.approx(0.2, abs=0.015)
+    first_won = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) < 0.5  # label_pairs
+    assert flipped[first_won].double().mean().item() == pytest.approx(0.2, abs=0.02)
 
 
 def test_certain_labels_prefer_the_higher_reward_on_a_tenth_of_the_prompts():

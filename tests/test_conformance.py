@@ -1,5 +1,6 @@
 """`beyond.conformance`: it diagnoses wrong implementations and passes correct ones."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,9 +69,15 @@ def test_trl_conforms_but_for_ties():
 
 
 def test_command_explains_a_failure(tmp_path):
-    """A wrong file  =>  exit code 1, and a report with equation, counterexample, pitfall and fix"""
-    path = tmp_path / "mine.py"
+    """A wrong file  =>  exit code 1, and a report with equation, counterexample, pitfall and fix,
+    even if files in its folder have the names of ours"""
+    path = tmp_path / "dpo.py"
+    (tmp_path / "lib").mkdir()
+    for name in ("model.py", "test_loss.py", "lib/__init__.py", "lib/io.py"):
+        (tmp_path / name).write_text("mine = True\n")
     path.write_text(
+        "import lib.io, model, test_loss\n"
+        "assert lib.io.mine and model.mine and test_loss.mine\n"
         "def response_logps(model, ids, mask):\n"
         "    logps = model(ids)[:, :-1].log_softmax(-1)\n"
         "    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]\n"
@@ -90,6 +97,8 @@ def test_command_explains_a_failure(tmp_path):
         "not offered",
     ):
         assert part in text, part
+    counts = re.findall(r"(\d+) (?:hold|fail|not offered)\b", text)
+    assert sum(map(int, counts)) == len(conformance.theorems())
 
 
 @pytest.mark.parametrize(
@@ -109,6 +118,12 @@ def test_command_refuses_a_file_it_cannot_use(content, message, tmp_path, capsys
     assert conformance.main([str(path)]) == 2
     found = capsys.readouterr()
     assert found.out == "" and message in found.err and found.err.count("\n") == 1
+
+
+def test_command_refuses_a_folder(tmp_path, capsys):
+    assert conformance.main(["docs"]) == conformance.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2 and "AttributeError" not in error
 
 
 def test_documentation_lists_every_offer_and_its_template_conforms(tmp_path):

@@ -25,9 +25,15 @@ CONVERSATION = dict(
 )
 WHOLE = dict(chosen=messages("Hi!", "Hello."), rejected=messages("Hi!", "What?"))
 TRANSCRIPTS = {name: GREETING["prompt"] + GREETING[name] for name in ("chosen", "rejected")}
+TWICE = " Yes.\n\nAssistant: "  # the marker of a turn inside an answer
+GREETED = {name: [dict(role="assistant", content="Welcome."), *WHOLE[name]] for name in WHOLE}
 RATED = {" drags.": -1, " shines.": 2.5, " is odd.": 0}
 SCORES = dict(prompt="The plot", completions=list(RATED), scores=list(RATED.values()))
 INSIDE = dict(prompt="The plot", completions=[dict(text=y, score=r) for y, r in RATED.items()])
+NULLS = INSIDE | dict(
+    scores=None,
+    completions=[c | dict(response=None, overall_score=None) for c in INSIDE["completions"]],
+)
 ULTRAFEEDBACK = dict(
     instruction="Hi!",
     completions=[dict(response=y, overall_score=r) for y, r in (("What?", 2.0), ("Hello.", 9))],
@@ -62,7 +68,18 @@ def converted(tmp_path, capsys):
         (CONVERSATION, "conversation", GREETING),
         (WHOLE, "conversations", GREETING),
         (WHOLE | {"prompt": "Hi!", "score_chosen": 8.0}, "conversations", GREETING),
+        (
+            {name: messages("Hi!", f"{TWICE[1:]}{name}") for name in WHOLE},
+            "conversations",
+            GREETING | {name: f"{TWICE}{name}" for name in WHOLE},
+        ),
+        (
+            GREETED,
+            "conversations",
+            GREETING | {"prompt": f"\n\nAssistant: Welcome.{GREETING['prompt']}"},
+        ),
         (TRANSCRIPTS, "transcripts", GREETING),
+        (TRANSCRIPTS | {"prompt": None}, "transcripts", GREETING),
         (ULTRAFEEDBACK, "scores", GREETING),
     ],
 )
@@ -73,7 +90,7 @@ def test_each_format_is_recognised_and_converted(row, name, expected, converted)
     assert said == [f"in: JSON lines, 2 x {name}", f"2 pairs; {dropped}"]
 
 
-@pytest.mark.parametrize("row", [SCORES, INSIDE])
+@pytest.mark.parametrize("row", [SCORES, INSIDE, NULLS])
 def test_argmax_prefers_the_higher_score_in_every_pair(row, converted):
     pairs, _ = converted(lines([row]), "--labels", "argmax")
     found = [(pair["chosen"], pair["rejected"]) for pair in pairs]
@@ -162,6 +179,7 @@ BAD_FILES = [  # the file, what the line says after its name
 ]
 BAD_ROWS = [  # a format, what is changed, what the line says after the row's place
     (PAIR, dict(chosen=None), "has no known format (prompt: str, chosen:"),
+    (PAIR, dict(prompt=messages("Hi!")), "has no known format (prompt: list, chosen: str"),
     (PAIR, dict(prompt=" \n"), "prompt is missing, empty"),
     (PAIR, dict(chosen=" drags."), "chosen and rejected are identical"),
     (PAIR, dict(chosen="\ud83d"), "chosen contains half of"),

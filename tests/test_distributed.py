@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 import data
 import dpo
 import train
-from beyond import distributed, sharded
+from beyond import distributed, scale, sharded
 from beyond.custom_model import read_checkpoint
 from beyond.losses import LOSSES
 from lib.checkpoint import load_gpt, to_checkpoint
 from lib.io import BadInput
 from lib.optim import linear_warmup_decay
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, sample
 from tiny import CPU, ROOT
 
 LR = 0.01
@@ -45,11 +45,11 @@ TINY = ("--sft-steps 0 --prompts 120 --completions 3 --eval-prompts 4 --ref-samp
 ENV = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def checkpoint(seed: int) -> dict:
+def checkpoint(seed: int, width: int = 10) -> dict:
     """A model with weights that are large enough for uneven probabilities."""
     torch.manual_seed(seed)
     tokens = data.toy_tokens()
-    pi = GPT(GPTConfig(len(tokens) + 1, context=8, n_layer=2, n_head=2, n_embd=10))
+    pi = GPT(GPTConfig(len(tokens) + 1, context=8, n_layer=2, n_head=2, n_embd=width))
     weights = {name: 2 * value for name, value in pi.state_dict().items()}
     return to_checkpoint(pi, tokens) | {"weights": weights}
 
@@ -168,6 +168,62 @@ def test_losses_that_couple_prompts_are_refused(name):
         return distributed.check_loss(loss, name)
     with pytest.raises(BadInput, match="couples"):
         distributed.check_loss(loss, name)
+
+
+@pytest.fixture
+def group():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("width", [10, 128])  # in float32 and in bfloat16
+def test_sampling_with_the_settings_for_gpus(group, monkeypatch, width):
+    """A model sharded as on a GPU  =>  `sample`, with a cache, and `response_logps` agree"""
+    mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    monkeypatch.setattr(dist, "init_device_mesh", lambda *_, **how: mesh)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+    pi = sharded.shard(checkpoint(1, width), torch.device("cuda"))
+    ids, mask, logps = sample(pi, PROMPTS, end=256)
+    difference = (logps - dpo.response_logps(pi, ids, mask)).abs().max()
+    assert difference < (0.01 if width == 128 else 1e-4)
+    assert (pi.wte.weight.dtype == torch.bfloat16) == (width == 128)
+
+
+def test_fsdp_keeps_what_is_outside_the_blocks_gathered(group):
+    """After a forward pass, beyond/scale.py's root parameters are whole, and the blocks sharded"""
+    pi = sharded.shard(checkpoint(1), CPU)
+    pi(torch.zeros(1, 3, dtype=torch.long))
+    whole = sum(p.numel() for p in pi.parameters() if not isinstance(p, DTensor))
+    assert whole == scale.root_parameters(pi.config)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda", [1])])
+def test_only_runs_on_gpus_choose_one(monkeypatch, device, expected):
+    """--device cpu on a machine with GPUs  =>  no process needs a GPU of its own"""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda **_: None)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    assert distributed.in_group(lambda: chosen, torch.device(device)) == expected
+
+
+def test_only_stages_that_run_models_are_shared(tmp_path, monkeypatch):
+    """A function without a parameter `infer`, even a partial one  =>  process 0 only"""
+    calls = []
+    monkeypatch.setattr(dist, "broadcast_object_list", calls.extend)
+    stage = distributed.ParallelStage(tmp_path, distributed.Settings())
+    assert stage("dataset", partial(lambda x, y: x + y, 1), 2) == 3 and not calls
+    assert stage("samples", lambda x, infer: x, 4) == 4 and len(calls) == 1
+
+
+def test_preferences_without_pairs_give_one_line():
+    empty = dpo.Preferences(*torch.zeros(6, 0, dtype=torch.long))
+    with pytest.raises(BadInput, match="no pairs"):
+        distributed.train_dpo({}, empty, dpo.dpo, None, None, CPU, (None, None))
 
 
 def test_batches_smaller_than_the_number_of_processes_are_refused(monkeypatch):

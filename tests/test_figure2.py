@@ -108,10 +108,12 @@ def test_the_table_brackets_gaps_and_leaves_out_what_no_run_reaches():
 
 
 def test_no_line_is_drawn_across_a_gap_and_the_papers_points_belong_to_imdb():
-    run = made_up({"DPO": [(1.0, 1.0), (1.5, 2.0), (4.0, 3.0)]}) | {"pairs": 6}
+    run = made_up({"DPO": [(1.0, 1.0), (1.5, 2.0), (4.0, 3.0)]})
+    run |= {"pairs": 6, "seconds": {"completions": 0.7}}
     for data, papers in (("toy", 0), ("imdb", 2)):
         config = {"data": data, "labels": "bt", "seed": 0}
-        _, gain, p_positive, _ = figure2.draw([run | {"config": config}]).axes
+        _, gain, p_positive, cost = figure2.draw([run | {"config": config}]).axes
+        assert cost.lines[0].get_xdata() == pytest.approx([1.0, 1.3, 1.6])  # shared: once
         lines = [line for line in gain.lines if line.get_color() == figure2.ORANGE]
         joined = [list(line.get_xdata()) for line in lines if line.get_linestyle() == "-"]
         assert joined == [[1.0, 1.5]]
@@ -179,6 +181,9 @@ def test_one_more_beta_runs_only_its_own_stages(run):
 def test_the_two_experiments_run_and_have_a_table(run, capsys):
     folder, _ = run
     argv = [*TINY, "--sizes", "8", "--classes", "8", "--ppo-iterations", "1", "--out", str(folder)]
+    assert (
+        explain.main([*argv, "--classes", "9"]) == explain.main([*argv, "--sizes", "8", "999"]) == 2
+    )
     assert explain.main(argv) == 0
     found = json.loads((folder / "results.json").read_text())
     methods = ["DPO", "PPO", "PPO, bag of tokens", "PPO, 8 groups"]

@@ -24,6 +24,7 @@ import data
 import train
 from beyond import gpt2
 from lib.checkpoint import load_gpt
+from lib.io import BadInput
 from model import GPT, GPTConfig
 
 V = 50257
@@ -247,8 +248,8 @@ def test_a_name_is_downloaded_once_and_converted(hub, tmp_path, capsys):
 def test_a_failed_download_gives_one_line_and_can_be_repeated(
     failure, then, says, hub, tmp_path, capsys
 ):
-    """A failure => no model. After a dropped connection, the second call asks for the rest only,
-    and reads everything if the server has no ranges."""
+    """A failure => no model. After a dropped connection, the second call asks for the last byte
+    that arrived and the rest, and reads everything if the server has no ranges."""
     hub.failure = failure
     assert run("gpt2", "--out", tmp_path / "a.pt") == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -259,8 +260,19 @@ def test_a_failed_download_gives_one_line_and_can_be_repeated(
     assert parts == ([half] if failure == "dropped" else [])
     hub.failure = then
     assert run("gpt2", "--out", tmp_path / "a.pt") == 0
-    assert hub.requests[-1] == ("/cdn/model.safetensors", f"bytes={half}-" if parts else None)
+    assert hub.requests[-1] == ("/cdn/model.safetensors", f"bytes={half - 1}-" if parts else None)
     assert_published(tmp_path / "a.pt")
+
+
+def test_a_part_that_has_all_bytes_is_kept(hub, tmp_path):
+    """A process that stopped before it renamed the part => one byte is read again."""
+    content = hub.files["model.safetensors"]
+    part = tmp_path / "cache" / "gpt2" / "model.safetensors.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content)
+    assert run("gpt2") == 0
+    assert hub.requests[-1] == ("/cdn/model.safetensors", f"bytes={len(content) - 1}-")
+    assert_published("gpt2")
 
 
 # ------------------------------------------------- refusals
@@ -335,3 +347,20 @@ def test_damaged_safetensors_give_one_line(refused):
 )
 def test_wrong_arguments_give_one_line(argv, says, refused):
     assert says in refused(*argv)
+
+
+def test_a_wrong_address_of_the_hub_gives_one_line(tmp_path, monkeypatch, capsys):
+    """No scheme => one line. Empty => the default address."""
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    assert run("gpt2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("beyond.gpt2: hub.example/openai") and error.count("\n") == 1
+    monkeypatch.setenv("HF_ENDPOINT", "")
+
+    def fetch(url, path):
+        raise BadInput(url)
+
+    monkeypatch.setattr(gpt2, "fetch", fetch)
+    assert run("gpt2") == 2
+    assert capsys.readouterr().err.startswith("beyond.gpt2: https://huggingface.co/openai")

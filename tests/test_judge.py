@@ -30,9 +30,11 @@ def test_the_command_line_prints_a_table_of_all_policies(imdb, monkeypatch, caps
         assert all(0 < row[name] < 1 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["toy", "empty"])
+@pytest.mark.parametrize("name", ["toy", "empty", "compare"])
 def test_another_folder_gives_one_line(name, toy, tmp_path, capsys):
-    folder = {"toy": toy.folder, "empty": tmp_path}[name]
+    folder = toy.folder if name == "toy" else tmp_path
+    if name == "compare":  # its settings have no beta
+        (folder / "results.json").write_text('{"config": {"data": "imdb", "beta": []}}')
     capsys.readouterr()
     assert judge.main([str(folder)]) == 2
     error = capsys.readouterr().err

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from beyond import page
-from beyond.custom_data import wilson_interval
+from beyond.custom_data import accuracy_line, wilson_interval
 from lib import cli
-from train import PRESETS, Config
+from train import PI_REF, PRESETS, Config
 
 PRODUCTS = {"results.json", "figure.png", "curves.png", "samples.txt", "report.html"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
@@ -40,7 +40,7 @@ def content(recorded) -> str:
 
 def test_a_report_is_five_files(recorded):
     made = {path.name for path in recorded.folder.iterdir() if path.suffix != ".pt"}
-    assert made == PRODUCTS | {f"curves-{beta:g}.csv" for beta in recorded.cfg.beta}
+    assert made == PRODUCTS | {f"curves-dpo-{beta:g}.csv" for beta in recorded.cfg.beta}
     for name in ("figure.png", "curves.png"):
         assert (recorded.folder / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -86,9 +86,10 @@ def test_words_have_the_colour_of_their_contribution(recorded, content):
     expected = []
     for i, prompt in enumerate(results["prompts"]):
         for sample in results["samples"].values():
-            values = page.contributions(sample["texts"][i], reward) if reward else []
-            words = values[len(prompt.split()) :]
-            expected.append([shown(r) for r in words if abs(r) >= 0.05])
+            text = sample["texts"][i]
+            values = page.contributions(text, reward) if reward else []
+            n = len(text.removeprefix(prompt).split())
+            expected.append([shown(r) for r in values[-n:] if abs(r) >= 0.05])
     assert [re.findall(span, card) for card in cards] == expected
     assert any(expected) or recorded.cfg.data != "toy"  # r* may know none of IMDb's tiny samples
     assert ("Words have no colour" in content) == (reward is None)
@@ -105,6 +106,19 @@ def test_contributions_depend_on_the_context():
     assert page.contributions("not so good", reward) == [0.0, -1.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    "prompt, text, words",
+    [("2+2=", "2+2=4 or 5", "4 or 5"), ("a b", "a b", "(nothing)"), ("a b", "a b c", "c")],
+)
+def test_a_response_may_begin_inside_a_word(prompt, text, words):
+    """It then has the colour of the whole word."""
+    assert page.response(prompt, text, None) == words
+    coloured = page.response(
+        prompt, text, lambda texts: torch.tensor([float("=" in t) for t in texts])
+    )
+    assert coloured.startswith("<span") == ("=" in text)
+
+
 def test_the_command_repeats_the_run(recorded, content, monkeypatch):
     """The command line of the page => the settings of the run, where they have a flag."""
     command = shlex.split(html.unescape(re.search("<pre>(.*?)</pre>", content)[1]))
@@ -114,10 +128,20 @@ def test_the_command_repeats_the_run(recorded, content, monkeypatch):
     for name, field in Config.__dataclass_fields__.items():
         if field.metadata:
             values = getattr(cfg, name), getattr(recorded.cfg, name)
-            if name in ("data", "imdb", "init"):  # paths
+            if name in ("data", "imdb"):  # paths
                 values = (Path(str(path)).name for path in values)
             ours, theirs = ([*value] if isinstance(value, tuple) else value for value in values)
             assert ours == theirs, name
+
+
+@pytest.mark.parametrize(
+    "init, flags", [(PI_REF, []), ("lib/pi_ref.pt", []), ("pi_ref.pt", ["--init", "pi_ref.pt"])]
+)
+def test_the_command_tells_the_shipped_pi_ref_from_other_files(init, flags, monkeypatch):
+    monkeypatch.chdir(Path(PI_REF).parent.parent)
+    settings = vars(Config("imdb", **PRESETS["imdb"])) | {"init": page.portable(init)}
+    command = shlex.split(page.command(json.loads(json.dumps(settings))))
+    assert command == ["python", "train.py", "--data", "imdb", *flags]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium browser")
@@ -199,20 +223,33 @@ def test_figures_show_what_is_known(toy, own):
         ax = page.draw_frontier(run.results).axes[0]
         assert ylabel in ax.get_ylabel()
         assert ("optimum" in str(ax.get_legend_handles_labels()[1])) == (run is toy)
+    certain = own.results | {"points": [own.results["points"][0] | {"pair_accuracy": 1.0}]}
+    certain["points"][0] |= {"pairs": 60, "held_out_prompts": 12}
+    (errors,) = page.draw_frontier(certain).axes[0].containers
+    (low, high) = errors.lines[2][1].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx(wilson_interval(1.0, 12))
     panels = page.draw_curves(toy.results["curves"]).axes
     assert [ax.get_title() for ax in panels] == list(page.PANELS.values())
+    for beta, rows in list(toy.results["curves"].items())[:1]:
+        assert panels[3].lines[0].get_ydata() == pytest.approx(
+            [row["r_hat_w"] / float(beta) for row in rows]
+        )
     assert all(len(ax.lines) >= 2 * len(toy.results["curves"]) for ax in panels)
 
 
 def test_wilson_interval_has_known_values():
-    """9 of 10, 1 of 10 and 5 of 5. It is symmetric, and never leaves [0, 1]."""
+    """9 of 10, 1 of 10 and 5 of 5. It is symmetric, and contains the proportion."""
     assert wilson_interval(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
     assert wilson_interval(0.1, 10) == pytest.approx((0.018, 0.404), abs=1e-3)
     assert wilson_interval(1.0, 5) == pytest.approx((0.566, 1), abs=1e-3)
+    for n in range(1, 201):
+        assert wilson_interval(0.0, n)[0] <= 0 and wilson_interval(1.0, n)[1] >= 1
 
 
 def test_the_summary_of_the_users_preferences_has_an_interval(own):
     last = page.summary(own.results).splitlines()[-1]
     point = own.results["points"][-1]
-    low, high = wilson_interval(point["pair_accuracy"], point["pairs"])
-    assert f"{point['pairs']} pairs" in last and f"{low:.2f} to {high:.2f}" in last
+    low, high = wilson_interval(point["pair_accuracy"], point["held_out_prompts"])
+    assert (point["pairs"], point["held_out_prompts"]) == (6, 3)
+    assert "on 6 pairs of 3 prompts, " in last and f"{low:.2f} to {high:.2f}" in last
+    assert "on 3 pairs, " in accuracy_line(point | {"pairs": 3})

@@ -65,13 +65,23 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, monkeypatch):
         patch.setattr(pretrain.Training, "take_step", stop_at_step_35)
         pretrain.run(archive, stopped, TINY)
     pretrain.run(archive, stopped, TINY)
+    with pytest.raises(BadInput, match="was made from other reviews"):
+        archive.write_bytes(tiny.archive(n=200))
+        pretrain.run(archive, stopped, TINY)
     first, second = (read_checkpoint(out / "pi_ref.pt")["weights"] for out in (whole, stopped))
     assert all(torch.equal(w, second[name]) for name, w in first.items())
 
 
-def test_a_bad_path_gives_one_line(tmp_path, capsys):
-    assert pretrain.main(["--imdb", str(tmp_path / "missing"), "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("flag, value", [("--imdb", "no"), ("--out", "file"), ("--seed", "-1")])
+def test_a_bad_path_or_seed_gives_one_line(flag, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    try:
+        code = pretrain.main(["--imdb", "file", flag, value])
+    except SystemExit as stopped:  # from argparse
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and error.startswith("beyond.pretrain: ")
 
 
 def test_nats_per_byte_of_a_uniform_model():

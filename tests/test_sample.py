@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,27 @@ def test_every_model_has_completions_with_their_reward_and_log_ratio(name, run, 
     flags = ["--n", "3", "--seed", "5", "--temperature", "0.7"]
     code, printed, _ = run(recorded.folder, prompt, *flags)
     assert (code, printed) == (0, sample.side_by_side(completions, 3000) + "\n")
+
+
+def test_policies_left_over_from_an_earlier_pi_ref_are_skipped(toy, run, tmp_path):
+    """A newer reference.pt => no policies; then a newer results.json => those that it names. A
+    file with another name is no policy."""
+    folder = shutil.copytree(toy.folder, tmp_path / "run")
+    shutil.copy2(folder / "dpo-2.pt", folder / "ipo-2.pt")
+    shutil.copy(folder / "dpo-2.pt", folder / "dpo-2024-05-01.pt")
+    columns = ["pi_ref", "dpo, beta 0.5", "dpo, beta 2", "ipo, beta 2"]
+    for touched, shown, skipped in (
+        (None, columns, None),
+        ("reference.pt", columns[:1], "dpo-0.5.pt, dpo-2.pt, ipo-2.pt"),
+        ("results.json", columns[:3], "ipo-2.pt"),
+    ):
+        if touched:
+            (folder / touched).touch()
+        code, printed, error = run(folder, "the plot", "--n", "1")
+        assert code == 0
+        assert [name.strip() for name in printed.splitlines()[0].split("|")] == shown
+        expected = f"skipped, because reference.pt is newer: {skipped}\n" if skipped else ""
+        assert error == expected
 
 
 def test_columns_have_names_numbers_and_wrapped_text():
@@ -150,4 +172,19 @@ def test_held_out_pairs_are_shown_from_the_largest_to_the_smallest_margin(own, r
     shown = [float(r) for r in re.findall(r"r_hat +([+-][\d.]+)", printed)][:8]
     margins = [w - l for w, l in zip(shown[::2], shown[1::2], strict=True)]
     assert margins == pytest.approx([*margin[:2], *margin[-1:-3:-1]], abs=0.1)
-    assert f"of {len(margin)} held-out pairs" in printed
+    assert f"({len(margin)} held-out pairs, " in printed
+
+
+def test_pairs_with_soft_labels_are_shown_in_the_likelier_order(toy, run, tmp_path):
+    """Both orders, with weights .8 and .2 => the same output as from the first order alone."""
+    printed = []
+    pairs = toy.returned["eval_set"].pairs
+    both = torch.cat((pairs.pairs, pairs.pairs.flip(1)))
+    weight = torch.tensor([0.8, 0.2]).repeat_interleave(len(pairs.pairs))
+    soft = replace(pairs, pairs=both, weight=weight)
+    folder = shutil.copytree(toy.folder, tmp_path / "run")
+    for eval_pairs in (pairs, soft):
+        eval_set = replace(toy.returned["eval_set"], pairs=eval_pairs)
+        torch.save({"key": "", "value": eval_set}, folder / "eval_set.pt")
+        printed.append(run(folder, "--pairs")[1])
+    assert printed[0] == printed[1] != ""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import beyond.losses
 import data
 import dpo
 import train
@@ -231,6 +232,16 @@ def test_files_are_keyed_by_content(imdb, own, tmp_path):
         assert different(before, keys_with(run, **{name: value})) == changed
 
 
+def dotted(logps, batch):
+    return beyond.losses.ipo(logps, batch, 1.0)
+
+
+def test_what_a_package_and_its_module_name_is_in_the_key(edit):
+    before = stage_key(dotted, ())
+    edit({definition for definition in DEFINITIONS if definition[1] == "ipo"}, semantic)
+    assert stage_key(dotted, ()) != before
+
+
 # ------------------------------------------------- captured values
 
 
@@ -272,6 +283,7 @@ DIFFERENT = [
 def test_different_values_have_different_keys_and_equal_ones_the_same():
     keys, again = ([stage_key(dpo.dpo, (value,)) for value in DIFFERENT] for _ in range(2))
     assert len(set(keys)) == len(keys) and keys == again
+    assert stage_key(dpo.dpo, ({0, 8},)) == stage_key(dpo.dpo, ({8, 0},))  # lists of these differ
 
 
 def test_a_value_without_content_is_refused():

@@ -57,11 +57,12 @@ def test_fraction_of_optimal_is_one_on_the_frontier_and_zero_at_the_references_r
 
 
 def test_fraction_of_optimal_is_unknown_beyond_the_reliable_frontier():
-    """KL beyond the reliable part  =>  no fraction and no standard error"""
+    """KL beyond the reliable part, or below that of the largest beta  =>  no fraction, no error"""
     frontier = evaluate.optimal_frontier(REF_R)
-    kl = torch.from_numpy(frontier["kl"][int(frontier["reliable"].sum())])
-    found = evaluate.fraction_of_optimal(REF_R, torch.from_numpy(frontier["reward"][-1]), kl)
-    assert set(found.values()) == {None}
+    kl = torch.from_numpy(frontier["kl"])
+    for KL in (kl[int(frontier["reliable"].sum())], kl[0] / 2):
+        found = evaluate.fraction_of_optimal(REF_R, torch.from_numpy(frontier["reward"][-1]), KL)
+        assert set(found.values()) == {None}
 
 
 @given(seed=seeds, P=st.integers(2, 6), M=st.integers(1, 6))

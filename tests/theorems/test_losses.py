@@ -238,6 +238,8 @@ def test_robust_loss_of_one_pair_has_no_lower_bound(beta, epsilon, h):
     for scale in (1, 1e3, 1e6):
         bound = (1 - epsilon) * LN_2 - epsilon * beta * scale * h
         assert_at_most(mean_loss(loss, *rows_at(scale * h, 0.0)), bound / (1 - 2 * epsilon))
+    with pytest.raises(BadInput, match="epsilon"):
+        losses.robust(*rows_at(h, 0.0), beta, 0.5)
 
 
 # ------------------------------------------------- IPO and hinge
@@ -400,6 +402,18 @@ def test_sppo_with_probabilities_fixes_every_log_ratio(w, c):
     best = w.ref_logp + (P - 0.5) / w.beta
     found, _, _ = losses.sppo((best + c)[:, None], batch, w.beta)
     assert_same(found, torch.full_like(batch.weight, 2 * c**2), 1e-8)
+
+
+@given(w=optimiser_worlds, seed=seeds)
+def test_hard_sppo_has_the_gradient_of_sppo_on_population_labels(w, seed):
+    """Labels drawn from Bradley-Terry  =>  SPPO-hard and SPPO have the same expected gradient"""
+    batch = population(w.ref_logp, w.r)
+    logps = uniform((len(w.r), 1), -9.0, 0.0, seed).requires_grad_()
+    found = [
+        torch.autograd.grad(mean_loss(partial(loss, beta=w.beta), logps, batch), logps)[0]
+        for loss in (losses.sppo_hard, losses.sppo)
+    ]
+    assert_same(*found, 1e-8)
 
 
 # ------------------------------------------------- ORPO and SimPO
