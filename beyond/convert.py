@@ -9,7 +9,7 @@ lines, a JSON array, or a CSV file with a header. Each row has one of these form
     conversation    prompt, chosen and rejected are lists of messages {role, content}
     conversations   chosen and rejected are lists of messages that begin alike
     transcripts     chosen and rejected are strings that begin alike, with turns "\\n\\nHuman: "
-                    and "\\n\\nAssistant: ", as in HH-RLHF
+                    and "\\n\\nAssistant: ", as in HH-RLHF; there is no prompt
     scores          completions are strings, or objects with text or response. The list `scores` has
                     a number for each, or each object has score or overall_score (UltraFeedback).
                     prompt is a string, or instruction is a user's message

@@ -113,7 +113,7 @@ def wilson_interval(p: float, n: int) -> tuple[float, float]:
     z2 = 1.96**2
     half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     low, high = ((p + z2 / (2 * n) + side) / (1 + z2 / n) for side in (-half, half))
-    return min(p, low), max(p, high)  # p is 0 or 1: equal, up to rounding
+    return min(p, low), max(p, high)  # rounding can exclude a p of 0 or 1
 
 
 def expected_time(cfg, dataset: Dataset, checkpoint: dict, device: torch.device) -> str:

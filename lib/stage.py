@@ -68,8 +68,6 @@ class Describer(pickle.Pickler):
             content = sha256(value.read_bytes())
         elif isinstance(value, torch.device):
             content = [str(value), bf16_supported(value)]
-        elif isinstance(value, set | frozenset):  # whose order can differ between processes
-            content = ["set", *sorted(value, key=repr)]
         elif inspect.isroutine(value) or inspect.isclass(value):
             value = inspect.unwrap(value)
             if in_project(inspect.getmodule(value)):

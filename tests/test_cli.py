@@ -60,7 +60,7 @@ INIT = "--init bad.file --context 24".split()
 BAD_FILES = {  # flags, the content of bad.file (None: there is none), a part of the message
     "own, missing": (OWN, None, "cannot be read as a dataset"),
     "own, truncated": (OWN, lines(pairs(3))[:-20], "line 3: is not JSON"),
-    "own, one prompt": (OWN, lines(pairs(2)), "fewer than two different prompts"),
+    "own, one prompt": (OWN, lines(pairs(2)), "fewer than three different prompts"),
     "imdb, missing": (IMDB, None, "cannot be read as the IMDb archive"),
     "imdb, truncated": (IMDB, archive()[:-700], "as the IMDb archive"),
     "imdb, no reviews": (IMDB, gzip.compress(bytes(1 << 20)), "expected aclImdb/train/pos"),

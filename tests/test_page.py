@@ -112,11 +112,12 @@ def test_contributions_depend_on_the_context():
 )
 def test_a_response_may_begin_inside_a_word(prompt, text, words):
     """It then has the colour of the whole word."""
+
+    def reward(texts):
+        return torch.tensor([float("=" in text) for text in texts])
+
     assert page.response(prompt, text, None) == words
-    coloured = page.response(
-        prompt, text, lambda texts: torch.tensor([float("=" in t) for t in texts])
-    )
-    assert coloured.startswith("<span") == ("=" in text)
+    assert page.response(prompt, text, reward).startswith("<span") == ("=" in text)
 
 
 def test_the_command_repeats_the_run(recorded, content, monkeypatch):
@@ -226,14 +227,13 @@ def test_figures_show_what_is_known(toy, own):
     certain = own.results | {"points": [own.results["points"][0] | {"pair_accuracy": 1.0}]}
     certain["points"][0] |= {"pairs": 60, "held_out_prompts": 12}
     (errors,) = page.draw_frontier(certain).axes[0].containers
-    (low, high) = errors.lines[2][1].get_segments()[0][:, 1]
-    assert (low, high) == pytest.approx(wilson_interval(1.0, 12))
+    bar = errors.lines[2][1].get_segments()[0]
+    assert tuple(bar[:, 1]) == pytest.approx(wilson_interval(1.0, 12))
     panels = page.draw_curves(toy.results["curves"]).axes
     assert [ax.get_title() for ax in panels] == list(page.PANELS.values())
-    for beta, rows in list(toy.results["curves"].items())[:1]:
-        assert panels[3].lines[0].get_ydata() == pytest.approx(
-            [row["r_hat_w"] / float(beta) for row in rows]
-        )
+    beta, rows = next(iter(toy.results["curves"].items()))
+    expected = [row["r_hat_w"] / float(beta) for row in rows]
+    assert panels[3].lines[0].get_ydata() == pytest.approx(expected)
     assert all(len(ax.lines) >= 2 * len(toy.results["curves"]) for ax in panels)
 
 
