@@ -101,7 +101,7 @@ def to_preferences(pairs: list[tuple]) -> Preferences:
 
 def accuracy_line(point: dict) -> str:
     """The accuracy of a policy on the held-out pairs, with its interval."""
-    p, pairs, prompts = (point[key] for key in ("pair_accuracy", "pairs", "held_out_prompts"))
+    p, pairs, prompts = (point[key] for key in ("pair_accuracy", "pairs", "pair_prompts"))
     low, high = wilson_interval(p, prompts)  # pairs of one prompt are not independent
     on = f"{pairs} pairs" if pairs == prompts else f"{pairs} pairs of {prompts} prompts"
     interval = f"95 % interval {low:.2f} to {high:.2f}"

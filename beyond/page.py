@@ -248,7 +248,7 @@ def draw_frontier(results: dict) -> Figure:
     kl, y, kl_se, y_se = np.array(columns)
     bars, label = 2 * y_se, f"{method(results['config'])}, ±2 standard errors"
     if not known:
-        intervals = [wilson_interval(p["pair_accuracy"], p["held_out_prompts"]) for p in points]
+        intervals = [wilson_interval(p["pair_accuracy"], p["pair_prompts"]) for p in points]
         low, high = np.transpose(intervals)
         bars, label = (y - low, high - y), f"{method(results['config'])}, 95 % intervals"
     ax.errorbar(kl, y, bars, 2 * kl_se, "o", color=ORANGE, label=label)

@@ -115,7 +115,7 @@ def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=
         slope = (margin @ gap) / (gap @ gap)  # unweighted: flipping a pair changes nothing
         found["reward_slope"] = slope.item()
         found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()
-    return found | {"pairs": len(pairs.pairs), "held_out_prompts": len(pairs.prompt.unique())}
+    return found | {"pairs": len(pairs.pairs), "pair_prompts": len(pairs.prompt.unique())}
 
 
 # ------------------------------------------------ the optimum

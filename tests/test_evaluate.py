@@ -77,6 +77,7 @@ def test_agreement_on_held_out_pairs_is_what_plain_arithmetic_gives(toy, other):
         "r_hat_w": r_hat_w.mean(),
         "r_hat_l": r_hat_l.mean(),
         "pairs": torch.tensor(len(pairs.pairs)),
+        "pair_prompts": torch.tensor(len(set(pairs.prompt.tolist()))),
         "reward_slope": (margin @ gap) / (gap @ gap),
         "reward_r2": (margin @ gap) ** 2 / (gap @ gap) / (margin @ margin),
     }
@@ -110,7 +111,7 @@ def test_evaluation_during_training_is_what_plain_arithmetic_gives(toy, other, t
         "reward": r.mean(),
         "p_positive": r.sigmoid().mean(),
     }
-    for name in ("loss", "margin", "pair_accuracy", "pairs", "r_hat_w", "r_hat_l"):
+    for name in ("loss", "margin", "pair_accuracy", "pairs", "pair_prompts", "r_hat_w", "r_hat_l"):
         expected[f"held_out_{name}"] = result["point"][name]  # of fewer than 128 rows, so of all
     texts = found.pop("samples")
     assert texts == [f"r* {r[i]:+.2f} | {samples[i]}" for i in range(2)]

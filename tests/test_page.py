@@ -225,7 +225,7 @@ def test_figures_show_what_is_known(toy, own):
         assert ylabel in ax.get_ylabel()
         assert ("optimum" in str(ax.get_legend_handles_labels()[1])) == (run is toy)
     certain = own.results | {"points": [own.results["points"][0] | {"pair_accuracy": 1.0}]}
-    certain["points"][0] |= {"pairs": 60, "held_out_prompts": 12}
+    certain["points"][0] |= {"pairs": 60, "pair_prompts": 12}
     (errors,) = page.draw_frontier(certain).axes[0].containers
     bar = errors.lines[2][1].get_segments()[0]
     assert tuple(bar[:, 1]) == pytest.approx(wilson_interval(1.0, 12))
@@ -249,7 +249,7 @@ def test_wilson_interval_has_known_values():
 def test_the_summary_of_the_users_preferences_has_an_interval(own):
     last = page.summary(own.results).splitlines()[-1]
     point = own.results["points"][-1]
-    low, high = wilson_interval(point["pair_accuracy"], point["held_out_prompts"])
-    assert (point["pairs"], point["held_out_prompts"]) == (6, 3)
+    low, high = wilson_interval(point["pair_accuracy"], point["pair_prompts"])
+    assert (point["pairs"], point["pair_prompts"]) == (6, 3)
     assert "on 6 pairs of 3 prompts, " in last and f"{low:.2f} to {high:.2f}" in last
     assert "on 3 pairs, " in accuracy_line(point | {"pairs": 3})

@@ -29,14 +29,14 @@ from tiny import CPU, ROOT, lines, pairs, saved
 KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 for the complete test
 FLAGS = "--init init.pt --context 24 --sft-steps 3 --reviews 100 --prompts 16 --batch-size 8"
 FLAGS = f"{FLAGS} --epochs 1 --eval-prompts 4 --ref-samples 32 --eval-samples 16 --beta 0.5 2"
-POINT = """beta loss kl kl_se length length_se entropy entropy_se pairs pair_accuracy r_hat_w
-    r_hat_l margin""".split()
+POINT = """beta loss kl kl_se length length_se entropy entropy_se pairs pair_prompts pair_accuracy
+    r_hat_w r_hat_l margin""".split()
 KNOWN_REWARD = """reward reward_se gain gain_se p_positive p_positive_se win_rate win_rate_se
     pair_accuracy_ceiling reward_slope reward_r2 fraction_of_optimal fraction_of_optimal_se
     optimal_reward optimal_kl regret regret_se""".split()
 CURVE = "loss accuracy margin r_hat_w r_hat_l logp_w logp_l grad_norm".split()
 LOOK = """kl entropy length samples held_out_loss held_out_margin held_out_pair_accuracy
-    held_out_pairs held_out_r_hat_w held_out_r_hat_l""".split()
+    held_out_pairs held_out_pair_prompts held_out_r_hat_w held_out_r_hat_l""".split()
 
 
 @pytest.mark.parametrize("kind", ["toy", "imdb", "own"])
