@@ -405,7 +405,7 @@ def color_of(name: str) -> str:
 
 
 LEFT = {"xytext": (-6, 0), "ha": "right"}
-ABOVE, BELOW = ({"xytext": (0, y), "ha": "center"} for y in (11, -12))
+BELOW = {"xytext": (0, -12), "ha": "center"}
 
 
 def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], where: dict):
@@ -421,7 +421,8 @@ def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], where: dict)
 def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
     right = 1.5 * max(p["kl"] for p in points.values())
     common.draw_optimum(ax, results, "gain", right)
-    dots(ax, "kl", "gain", points, seeds, {"dpo, clean labels": BELOW})
+    where = {"dpo, clean labels": {"xytext": (-4, 14), "ha": "right"}}
+    dots(ax, "kl", "gain", points, seeds, where)
     ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
     ax.set(xlabel="KL, nats", ylabel="gain, nats")
     found = {name: p["fraction_of_optimal"] for name, p in points.items()}
@@ -451,11 +452,11 @@ def draw_certainty(ax, results: dict, points: dict, *seeds: dict) -> str:
 
 
 def draw_verbosity(ax, results: dict, points: dict, *seeds: dict) -> str:
-    dots(ax, "length", "gain", points, seeds, {"dpo": ABOVE, "ld_dpo": LEFT})
+    dots(ax, "length", "gain", points, seeds, {"ld_dpo": LEFT})
     for name, p in results["optima"].items():
         ax.plot(p["length"], p["gain"], "s", color="0.3", mfc="none")
         common.label(ax, name, p["length"], p["gain"], **BELOW)
-    ax.margins(x=0.5)
+    ax.margins(x=0.5, y=0.2)
     ax.set(xlabel="length, tokens", ylabel="gain, nats")
     longer = {name: p["length"] - results["reference"]["length"] for name, p in points.items()}
     return (
