@@ -296,6 +296,18 @@ def test_training_follows_the_gradient_of_the_weighted_mean(seed, beta):
         assert_same(before.logits - pi.logits, gradient * size)
 
 
+def test_a_step_sees_the_pairs_of_its_prompts_alone():
+    """Batches of one prompt each  =>  the loss sees the rows of that prompt, and no others"""
+    data, pi, seen = preferences(triplets(0, 3), bigram(1)), bigram(0), []
+
+    def loss(logps, batch):
+        seen.append(batch.prompt.unique().tolist())
+        return dpo.dpo(logps, batch, 1.0)
+
+    list(dpo.train(pi, data, loss, sgd(pi), data.prompt.unique().flip(0).split(1)))
+    assert seen == [[2], [1], [0]]
+
+
 def test_training_moves_a_batch_to_the_policys_device():
     """pi_theta and the preferences on different devices  =>  the loss sees each of the batch's
     tensors on that device, under its own name"""
