@@ -154,7 +154,8 @@ def sft_settings(cfg: Config, n: int) -> tuple[int, int, float]:
     shipped pi_ref.
     """
     random = cfg.from_scratch or not cfg.init
-    ready = cfg.data == "imdb" and Path(cfg.init).resolve() == Path(PI_REF) and not random
+    shipped = not random and Path(cfg.init).resolve() == Path(PI_REF).resolve()
+    ready = cfg.data == "imdb" and shipped
     steps = 0 if ready else min(2000, max(50, 2 * n // cfg.sft_batch_size))
     steps = steps if cfg.sft_steps is None else cfg.sft_steps
     return steps, cfg.sft_batch_size, 6e-3 if random else 5e-4

@@ -4,8 +4,8 @@
     python -m beyond.compare --summary DIR DIR ...     # table and figure for finished runs
 
 As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per prompt and 48
-samples of pi_theta per evaluation prompt. Each method is run at two strengths, for
-instance two betas. Methods differ in the loss and its learning rate, and some also in the pairs.
+samples of pi_theta per evaluation prompt. Each method is run at two strengths, for instance
+two betas. Methods differ in the loss and its learning rate, and some also in the pairs.
 
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
 as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained

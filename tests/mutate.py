@@ -36,7 +36,7 @@ THEOREMS = (
     "test_training",
     "test_population",
 )
-SECONDS = 120  # a mutant that runs longer is an endless loop, and counts as killed
+SECONDS = 120  # a mutant that runs longer may only be slow, and does not count as killed
 
 SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq}
 SWAPS |= {after: before for before, after in SWAPS.items()}
@@ -230,7 +230,7 @@ def main(functions: list[str]) -> int:
     killed = 0
     for i, mutant in enumerate(every, 1):
         theorem = killer(mutant)
-        killed += theorem is not None
+        killed += theorem not in (None, "time limit")
         print(f"{i}/{len(every)} {theorem or 'SURVIVES'}  |  {mutant.name}", flush=True)
     print(
         f"{killed} of {len(every)} mutants killed ({100 * killed / len(every):.1f} %), "

@@ -301,9 +301,13 @@ def test_defaults_depend_on_the_dataset_and_flags_override_them(tmp_path):
     assert parsed("--data", "imdb", "--context", "20", "--beta", "2", "3").beta == [2.0, 3.0]
 
 
-def test_only_the_shipped_pi_ref_is_not_fine_tuned_on_imdb():
+def test_only_the_shipped_pi_ref_is_not_fine_tuned_on_imdb(tmp_path, monkeypatch):
+    """Also if the project is reached by a link."""
+    (tmp_path / "link").symlink_to(tiny.ROOT)
+    monkeypatch.setattr(train, "PI_REF", str(tmp_path / "link/lib/pi_ref.pt"))
     for flags, steps in (
         ("", 0),
+        (f"--init {train.PI_REF}", 0),
         ("--sft-steps 7", 7),
         ("--from-scratch", 1562),  # two epochs of 25,000 reviews in batches of 32
         ("--from-scratch --sft-steps 7", 7),

@@ -13,7 +13,7 @@ MUTANTS = mutate.mutants(SOURCE)
 @pytest.mark.parametrize("mutant", MUTANTS[7::90], ids=lambda mutant: mutant.name)
 def test_mutant_makes_a_theorem_fail(mutant):
     """One edit of dpo.py  =>  a theorem fails.  pitfall 32"""
-    assert mutate.in_fork(mutant, 10) is not None
+    assert str(mutate.in_fork(mutant, 10)).startswith("test_")  # not a crash or the time limit
 
 
 def test_unchanged_source_survives():
