@@ -1,7 +1,7 @@
 """The user's own preferences, as a dataset like the others. `train.py --data FILE` uses this.
 
-The file may be in any format that beyond/convert.py reads. Each row becomes one or more
-pairs: a prompt, a chosen response and a rejected one.
+The file may be in any format that beyond/convert.py reads. Each row becomes one or more pairs:
+a prompt, a chosen response and a rejected one.
 """
 
 import dataclasses

@@ -10,8 +10,7 @@ averages gradients over processes, so each process computes
     N / W sum_{i in its share} w_i loss_i
 
 Sampling, log-probabilities and KL use sharded models; each process computes a share of the prompts
-or rows. Each
-chunk of prompts has its own seed. So results depend on N only through rounding.
+or rows. Each chunk of responses has its own seed. So results depend on N only through rounding.
 
 What this file leaves out: sharded fine-tuning; losses that couple prompts; Muon, which needs whole
 matrices. See docs/scale.md.

@@ -10,9 +10,9 @@
     Unlikelihood    -log pi(y_w) + alpha log pi(y_l), alpha 0.05, 0.1, 0.5, 1
     best of N       the best of N samples of pi_ref by r*, at a bound on its KL
 
-Each run is evaluated once, after training. A method's curve joins its runs in order of
-KL. No run is left out because of its reward, so the mean of a curve over seeds is not biased
-upward, unlike the mean of a hull over noisy points.
+Each run is evaluated once, after training. A method's curve joins its runs in order of KL. No
+run is left out because of its reward, so the mean of a curve over seeds is not biased upward,
+unlike the mean of a hull over noisy points.
 
 The curve is broken between runs whose KLs differ by more than a factor of 1.6. Table entries in
 such a gap are in brackets, and verdicts do not use them. A verdict needs three seeds and a 95%
