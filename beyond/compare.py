@@ -152,11 +152,11 @@ METHODS = {
     ),
     "sppo_hard": Method(
         losses.sppo_hard,
-        {"beta": (0.5, 0.25)},
-        (0.12, 0.08),
-        "beta / 2: where reward gaps are small, A - B is half of that of Eq. 4",
+        {"beta": (0.25, 0.125)},
+        (0.06, 0.04),
+        "beta / 4: where reward gaps are small, its optimum is that of Eq. 4",
     ),
-    "sppo": Method(losses.sppo, {"beta": (0.25, 0.125)}, (0.1, 0.06), "beta / 4, as ipo"),
+    "sppo": Method(losses.sppo, {"beta": (0.25, 0.125)}, (0.1, 0.06), "beta / 4, as sppo_hard"),
     "orpo": Method(
         losses.orpo,
         {"beta": (0.5, 2.0)},
