@@ -59,7 +59,7 @@ class Config(compare.Config):
 
 def relabel(preferences: Preferences, p: Tensor, seed: int) -> Preferences:
     """The same pairs; each keeps its order with probability p (n,), and is flipped otherwise."""
-    generator = torch.Generator().manual_seed(2**32 - 1 - seed)  # not those of the labels
+    generator = torch.Generator().manual_seed(2**32 - 1 - seed)  # not the one that drew the labels
     u = torch.rand(p.shape, generator=generator)
     pairs = torch.where((u < p)[:, None], preferences.pairs, preferences.pairs.flip(1))
     return dataclasses.replace(preferences, pairs=pairs)

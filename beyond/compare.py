@@ -10,7 +10,7 @@ two betas. Methods differ in the loss and its learning rate, and some also in th
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
 as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
 stably with them; the methods after dpop were not run on that seed. `held_out_loss` in results.json
-and `--times` let you tune them without the true reward.
+and `--times` let you tune the learning rates without the true reward.
 """
 
 import dataclasses

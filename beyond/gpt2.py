@@ -101,7 +101,7 @@ def fetch(url: str, path: Path):
                 have = 0
             size, checksum = promised(response.headers, headers.linked, have)
             write_part(response, part, have, size)
-    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: no URL
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: not a valid URL
         if getattr(e, "code", None) == 416:  # the part is longer than the file
             part.unlink()
         raise BadInput(f"{url}: download failed ({e}); repeat the command to continue") from e

@@ -222,7 +222,7 @@ def show_pair(path: Path, models: Models, number: int) -> str:
 def order_pairs(path: Path, models: Models, n: int) -> str:
     """The held-out pairs with the largest and the smallest margin of each policy, n of each.
 
-    With soft labels, which contain both orders, a pair has the likelier one.
+    Soft labels contain each pair in both orders; only the likelier order is shown.
     """
     pairs = load_stage(path / "eval_set.pt").pairs
     likelier = pairs.weight >= 0.5

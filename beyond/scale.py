@@ -87,8 +87,8 @@ def sharded_state(c: GPTConfig, W: int) -> float:
 def unsharded(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> int:
     """What is gathered at any one time on W > 1 GPUs.
 
-    Parameters in bfloat16: of all blocks, or with reshard_after_forward of the block in use and the
-    next one; and those outside the blocks, which FSDP2 keeps until the backward pass ends.
+    Parameters in bfloat16: those of all blocks or, with reshard_after_forward, of the block in use
+    and the next one; and those outside the blocks, which FSDP2 keeps until the backward pass ends.
     Gradients of one unit, in bfloat16 and in float32 to be reduced.
     """
     if W == 1:
@@ -107,8 +107,8 @@ def memory(c: GPTConfig, T: int, W: int, reshard_after_forward: bool = True) -> 
 def communication(c: GPTConfig, W: int, reshard_after_forward: bool = True) -> float:
     """Bytes that each GPU sends in a step, with ring collectives: (W - 1) / W times
 
-    2 N to all-gather parameters in the forward pass, 4 N to reduce-scatter gradients, and with
-    reshard_after_forward 2 L (12 C^2 + 13 C) to all-gather the blocks again in the backward pass.
+    2 N to all-gather parameters in the forward pass, 4 N to reduce-scatter gradients, and, with
+    reshard_after_forward, 2 L (12 C^2 + 13 C) to all-gather the blocks again in the backward pass.
     """
     again = c.n_layer * block_parameters(c) if reshard_after_forward else 0
     return (W - 1) / W * (BF16 * (parameters(c) + again) + FLOAT * parameters(c))

@@ -236,7 +236,7 @@ def dotted(logps, batch):
     return beyond.losses.ipo(logps, batch, 1.0)
 
 
-def test_what_a_package_and_its_module_name_is_in_the_key(edit):
+def test_code_reached_through_a_package_and_its_module_is_in_the_key(edit):
     before = stage_key(dotted, ())
     edit({definition for definition in DEFINITIONS if definition[1] == "ipo"}, semantic)
     assert stage_key(dotted, ()) != before

@@ -384,7 +384,7 @@ def test_sampled_rows_estimate_the_kl_and_mismatched_rows_do_not():
 @given(beta=betas, p=parts, c=shifts)
 def test_hard_sppo_fixes_both_log_ratios(beta, p, c):
     """y_w wins with probability p  =>  SPPO-hard is smallest at A = (2p - 1) / (2 beta) = -B, 0 if
-    p = 1; adding c to both, which leaves the margin, costs 2 c^2"""
+    p = 1; adding c to both, which leaves the margin unchanged, costs 2 c^2"""
     loss, A = partial(losses.sppo_hard, beta=beta), (2 * p - 1) / (2 * beta)
     assert_same(slope(loss, A, -A, **both_orders(p)), [0.0, 0.0])
     least, moved = (mean_loss(loss, *rows_at(A + d, -A + d, **both_orders(p))) for d in (0.0, c))
