@@ -174,7 +174,7 @@ def bag_models(stage: Stage, e, some, method: str, groups, seed: int) -> tuple:
 
 
 def fractions(run: dict, method: str, n: int) -> float | None:
-    """The fraction of the attainable gain, averaged over betas, or None if a fraction is unknown."""
+    """The fraction of the attainable gain, averaged over betas; None if a fraction is unknown."""
     found = [
         p["fraction_of_optimal"]
         for p in run["points"]
