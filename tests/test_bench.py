@@ -9,9 +9,7 @@ import pytest
 import tiny
 import torch
 
-import dpo
 from beyond import bench
-from beyond.losses import split_rows
 from lib.optim import bf16_supported
 from model import GPTConfig
 
@@ -82,22 +80,3 @@ def test_flops_are_those_that_a_loop_over_tokens_counts():
         for t in range(int(mask.nonzero().max())):  # the last token is not read
             count += L * 2 * 12 * C * C + L * 2 * 2 * C * (t + 1) + 2 * C * V * bool(mask[t + 1])
     assert bench.step_flops(CONFIG, batch) == 3 * count
-
-
-def test_pairs_join_completions_of_one_prompt():
-    batch = bench.random_preferences(CONFIG, 5)
-    w, l = batch.pairs.T
-    assert len(batch.pairs) == 5 * 6 and (batch.prompt[w] == batch.prompt[l]).all()
-    rows = split_rows(batch.ids, batch.mask)
-    for row, (x, y) in enumerate(rows):
-        assert x == rows[row // 4 * 4][0] and len(x) > 1
-        assert [*x, *y].index(60) == len(x) + len(y) - 1
-    expected = dpo.response_logps(bench.random_gpt(CONFIG, seed=1), batch.ids, batch.mask)
-    assert torch.equal(batch.ref_logps, expected)
-
-
-def test_a_wrong_flag_gives_one_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["--repetitions", "0"])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "--repetitions" in error and error.count("\n") == 1

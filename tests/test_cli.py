@@ -26,18 +26,11 @@ from beyond.custom_model import read_checkpoint
 from lib import cli
 from lib.io import BadInput, file_lock
 from lib.stage import Stage
-from tiny import archive, lines, pairs, saved
+from tiny import Executed, archive, lines, pairs, saved
 
 TINY = "--context 24 --sft-steps 2 --prompts 16 --batch-size 8 --eval-prompts 4 --reviews 100"
 TINY = f"{TINY} --ref-samples 32 --eval-samples 16 --beta 0.5 2 --from-scratch --init good.pt"
 TINY = TINY.split()
-
-
-class Executed:
-    """A malicious pickle: loading it creates a file."""
-
-    def __reduce__(self):
-        return Path("executed").touch, ()
 
 
 GOOD = tiny.checkpoint()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beyond import ablations, common, compare, explain, figure2, losses
+from beyond import ablations, bench, common, compare, explain, figure2, losses, pretrain, scale
 from beyond.custom_data import to_preferences
 from dpo import Preferences, frontier
 from lib.io import BadInput
@@ -205,12 +205,18 @@ def test_figures_over_seeds_show_means():
         (figure2, "--methods GRPO", "GRPO"),
         (explain, "--ppo-beta 1", "--ppo-beta"),
         (ablations, "--studies some", "some"),
+        (bench, "--repetitions 0", "--repetitions"),
+        (pretrain, "--imdb no", "no: there is no such file"),
+        (pretrain, "--imdb FILE --out FILE", "FILE"),
+        (pretrain, "--imdb no --seed -1", "--seed"),
+        (scale, "--tokens 1025", "--tokens"),
     ],
 )
 def test_a_bad_flag_gives_one_line_and_exit_code_2(
     command, flags, said, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
     try:
         code = command.main(flags.split())
     except SystemExit as stopped:  # from argparse

@@ -120,12 +120,6 @@ def test_command_refuses_a_file_it_cannot_use(content, message, tmp_path, capsys
     assert found.out == "" and message in found.err and found.err.count("\n") == 1
 
 
-def test_command_refuses_a_folder(tmp_path, capsys):
-    assert conformance.main(["docs"]) == conformance.main([str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 2 and "AttributeError" not in error
-
-
 def test_documentation_lists_every_offer_and_its_template_conforms(tmp_path):
     """docs/conformance.md  =>  all offers are in its table, and its template passes as it is"""
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")

@@ -211,15 +211,6 @@ def test_only_runs_on_gpus_choose_one(monkeypatch, device, expected):
     assert distributed.in_group(lambda: chosen, torch.device(device)) == expected
 
 
-def test_only_stages_that_run_models_are_shared(tmp_path, monkeypatch):
-    """A function without a parameter `infer`, even a partial one  =>  process 0 only"""
-    calls = []
-    monkeypatch.setattr(dist, "broadcast_object_list", calls.extend)
-    stage = distributed.ParallelStage(tmp_path, distributed.Settings())
-    assert stage("dataset", partial(lambda x, y: x + y, 1), 2) == 3 and not calls
-    assert stage("samples", lambda x, infer: x, 4) == 4 and len(calls) == 1
-
-
 def test_preferences_without_pairs_give_one_line():
     empty = dpo.Preferences(*torch.zeros(6, 0, dtype=torch.long))
     with pytest.raises(BadInput, match="no pairs"):

@@ -149,13 +149,6 @@ def test_a_checkpoint_survives_the_round_trip(tmp_path, capsys):
     assert CONFIG.items() <= config.items() and config["eos_token_id"] == V - 1
 
 
-def test_the_published_sizes_have_the_published_numbers_of_parameters():
-    with torch.device("meta"):
-        models = [GPT(config) for config in gpt2.PUBLISHED.values()]
-    millions = [round(sum(p.numel() for p in pi.parameters()) / 1e6) for pi in models]
-    assert millions == [124, 355, 774, 1558]
-
-
 def test_transformers_computes_the_same_logits(tmp_path):
     """GPT2LMHeadModel -> ours -> GPT2LMHeadModel => the same function, to within 1e-4."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -278,13 +271,6 @@ def test_a_part_that_has_all_bytes_is_kept(hub, tmp_path):
 # ------------------------------------------------- refusals
 
 
-class Executed:
-    """A malicious pickle: loading it creates a file."""
-
-    def __reduce__(self):
-        return Path("executed").touch, ()
-
-
 BAD = {  # what is wrong: changes to the config, the weights, what the line says
     "another architecture": ({"model_type": "llama"}, W, "its model_type is 'llama'"),
     "exact GELU": ({"activation_function": "gelu"}, W, "only 'gelu_new' is supported"),
@@ -297,7 +283,7 @@ BAD = {  # what is wrong: changes to the config, the weights, what the line says
     "untied": ({}, W | {"lm_head.weight": torch.ones(V, 8)}, "lm_head.weight differs"),
     "not finite": ({}, W | {"ln_f.bias": torch.full((8,), math.nan)}, "not finite"),
     "no weights": ({}, None, "there is neither model.safetensors nor pytorch_model.bin"),
-    "code": ({}, W | {"ln_f.bias": Executed()}, "cannot be read as weights of GPT-2"),
+    "code": ({}, W | {"ln_f.bias": tiny.Executed()}, "cannot be read as weights of GPT-2"),
 }
 
 

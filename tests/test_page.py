@@ -174,12 +174,6 @@ def test_a_report_is_drawn_again_from_results_json_alone(toy, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == PRODUCTS
 
 
-def test_help_is_not_a_folder(capsys):
-    with pytest.raises(SystemExit) as ended:
-        page.main(["--help"])
-    assert ended.value.code == 0 and "folder of a run" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("found", [None, "{", '{"points": []}'])
 def test_a_folder_without_results_gives_one_line(found, tmp_path, capsys):
     if found is not None:

@@ -72,18 +72,6 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(w, second[name]) for name, w in first.items())
 
 
-@pytest.mark.parametrize("flag, value", [("--imdb", "no"), ("--out", "file"), ("--seed", "-1")])
-def test_a_bad_path_or_seed_gives_one_line(flag, value, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    try:
-        code = pretrain.main(["--imdb", "file", flag, value])
-    except SystemExit as stopped:  # from argparse
-        code = stopped.code
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and error.startswith("beyond.pretrain: ")
-
-
 def test_nats_per_byte_of_a_uniform_model():
     """Each token is predicted with probability 1 / V."""
     tokenizer = load_tokenizer(data.toy_tokens())

@@ -123,9 +123,3 @@ def test_resharding_saves_memory_and_costs_communication():
 def test_the_table_is_that_of_the_documentation(capsys):
     assert scale.main([]) == 0
     assert capsys.readouterr().out in (ROOT / "docs/scale.md").read_text("utf-8")
-
-
-def test_a_context_that_is_too_long_gives_one_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        scale.main(["--tokens", "1025"])
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

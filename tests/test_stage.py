@@ -21,7 +21,7 @@ from beyond import page
 from lib import stage
 from lib.stage import Stage, stage_key
 import tiny
-from tiny import CPU, ROOT, saved, target
+from tiny import CPU, ROOT, Executed, saved, target
 
 DEFINITIONS = {
     (str(path), node.name)
@@ -325,11 +325,6 @@ def test_a_result_is_computed_once_and_again_for_other_arguments(run, capsys):
     assert double.calls == 3
     said = ["[double]", "[double] cached"] * 2 + ["[double]"]
     assert capsys.readouterr().out.splitlines() == said
-
-
-class Executed:
-    def __reduce__(self):
-        return Path("executed").touch, ()
 
 
 DAMAGE = {  # of a stage's file

@@ -41,6 +41,13 @@ def config(kind: str, folder: Path) -> train.Config:
     return train.Config(data=str(folder / "own.jsonl"), **given)
 
 
+class Executed:
+    """A malicious pickle: loading it creates a file."""
+
+    def __reduce__(self):
+        return Path("executed").touch, ()
+
+
 def checkpoint() -> dict:
     torch.manual_seed(0)
     tokens = data.toy_tokens()

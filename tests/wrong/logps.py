@@ -48,22 +48,12 @@ def mask_not_shifted(model, ids, mask):
     return (per_token(model, ids) * mask[:, :-1]).sum(-1)
 
 
-@wrong("response_logps", 2, "first_response_token_counts")
-def shifts_the_response_only(model, ids, mask):
-    return logp(model, ids, mask & mask.roll(1, dims=1))
-
-
 # ------------------------------------------------- padding, pitfall 3
 
 
 @wrong("response_logps", 3, "padding_does_not_count")
 def everything_after_the_prompt(model, ids, mask):
     return logp(model, ids, mask.int().cummax(-1).values)
-
-
-@wrong("response_logps", 3, "padding_does_not_count")
-def one_token_too_many(model, ids, mask):
-    return logp(model, ids, mask | mask.roll(1, dims=1))
 
 
 @wrong("response_logps", 3, "batch_mates_are_invisible")
@@ -79,11 +69,6 @@ def mean_over_response_tokens(model, ids, mask):
     return logp(model, ids, mask) / mask.sum(-1)
 
 
-@wrong("response_logps", 5, SUM)
-def mean_over_all_positions(model, ids, mask):
-    return (per_token(model, ids) * mask[:, 1:]).mean(-1)
-
-
 # ------------------------------------------------- prompt, pitfall 7
 
 
@@ -95,11 +80,6 @@ def up_to_the_end(mask):
 @wrong("response_logps", 7, "prompt_does_not_count")
 def whole_sequence_scored(model, ids, mask):
     return logp(model, ids, up_to_the_end(mask))
-
-
-@wrong("response_logps", 7, "prompt_does_not_count")
-def last_prompt_token_scored(model, ids, mask):
-    return logp(model, ids, mask | mask.roll(-1, dims=1))
 
 
 @wrong("response_logps", 7, "prompts_of_different_lengths_share_a_batch")
@@ -128,11 +108,6 @@ def prompt_hidden_from_the_model(model, ids, mask):
 def mask_from_the_padding_token(model, ids, mask):
     pad = ids[0, -1]  # pad = eos
     return logp(model, ids, mask & (ids != pad))
-
-
-@wrong("response_logps", 10, "last_response_token_counts")
-def stops_one_token_early(model, ids, mask):
-    return logp(model, ids, mask & mask.roll(-1, dims=1))
 
 
 # ------------------------------------------------- gradient and precision, pitfalls 13 and 15
@@ -191,11 +166,6 @@ def kl_per_token(model, reference, ids, mask):
 @wrong("sequence_kl", 22, "kl_estimate_ignores_padding_and_prompt")
 def kl_of_padding_too(model, reference, ids, mask):
     return log_ratio(model, reference, ids, torch.ones_like(mask))
-
-
-@wrong("sequence_kl", 25, "mean_of_each_kl_estimate_is_the_sequence_kl")
-def absolute_log_ratio(model, reference, ids, mask):
-    return log_ratio(model, reference, ids, mask).abs()
 
 
 @wrong("sequence_kl", 25, "mean_of_each_kl_estimate_is_the_sequence_kl")

@@ -31,11 +31,6 @@ def reference_of_the_other_response(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * ((w - ref_l) - (l - ref_w)))
 
 
-@wrong("dpo_loss", 13, RATIO)
-def reference_of_the_chosen_response_twice(w, l, ref_w, ref_l, beta):
-    return -F.logsigmoid(beta * ((w - ref_w) - (l - ref_w)))
-
-
 @wrong("dpo_loss", 13, GRADIENT)
 def rejected_detached(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * ((w - ref_w) - (l.detach() - ref_l)))
@@ -67,17 +62,6 @@ def log_of_sigmoid(w, l, ref_w, ref_l, beta):
 @wrong("dpo_loss", 15, FINITE)
 def log_of_sigmoid_with_an_epsilon(w, l, ref_w, ref_l, beta):
     return -torch.log(torch.sigmoid(beta * margin(w, l, ref_w, ref_l)) + 1e-8)
-
-
-@wrong("dpo_loss", 15, FINITE)
-def ratio_of_exponentials(w, l, ref_w, ref_l, beta):
-    chosen, rejected = torch.exp(beta * (w - ref_w)), torch.exp(beta * (l - ref_l))
-    return -torch.log(chosen / (chosen + rejected))
-
-
-@wrong("dpo_loss", 15, FINITE)
-def clamped_margin(w, l, ref_w, ref_l, beta):
-    return -F.logsigmoid((beta * margin(w, l, ref_w, ref_l)).clamp(-20, 20))
 
 
 # ------------------------------------------------- exchanged responses and signs, pitfall 31
@@ -113,11 +97,6 @@ def beta_forgotten(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(margin(w, l, ref_w, ref_l))
 
 
-@wrong("dpo_loss", 22, BETA)
-def beta_squared(w, l, ref_w, ref_l, beta):
-    return -F.logsigmoid(beta**2 * margin(w, l, ref_w, ref_l))
-
-
 @wrong("dpo_loss", 13, RATIO)
 def beta_on_the_policy_only(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * (w - l) - (ref_w - ref_l))
@@ -136,12 +115,6 @@ def divided_by_the_batch_size(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * margin(w, l, ref_w, ref_l)) / len(w)
 
 
-@wrong("dpo_loss", 19, "loss_of_a_pair_ignores_the_other_pairs")
-def margins_standardised(w, l, ref_w, ref_l, beta):
-    h = margin(w, l, ref_w, ref_l)
-    return -F.logsigmoid(beta * h / h.detach().abs().mean().clamp(min=1))
-
-
 # ------------------------------------------------- another loss
 
 
@@ -150,21 +123,10 @@ def sigmoid_without_log(w, l, ref_w, ref_l, beta):
     return -torch.sigmoid(beta * margin(w, l, ref_w, ref_l))
 
 
-@wrong("dpo_loss", 13, LN_2)
-def hinge(w, l, ref_w, ref_l, beta):
-    return F.relu(1 - beta * margin(w, l, ref_w, ref_l))
-
-
 @wrong("dpo_loss", None, "loss_of_a_sure_pair_tends_to_zero")
 def label_smoothing_left_on(w, l, ref_w, ref_l, beta, smoothing=0.1):
     z = beta * margin(w, l, ref_w, ref_l)
     return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
-
-
-@wrong("dpo_loss", None, SOURCE)
-def rejected_ratio_clamped(w, l, ref_w, ref_l, beta):
-    rejected = (l - ref_l).clamp(min=-1, max=50)
-    return -F.logsigmoid(beta * (w - ref_w - rejected))
 
 
 # ------------------------------------------------- metrics, pitfalls 22 and 23
@@ -255,11 +217,6 @@ def worst_first(r):
 
 
 # ------------------------------------------------- other losses, pitfalls 5, 6 and 30
-
-
-@wrong("ipo_loss", 6, "ipo_is_least_at_its_target_margin")
-def ipo_with_beta_in_the_numerator(w, l, ref_w, ref_l, tau):
-    return (margin(w, l, ref_w, ref_l) - tau / 2) ** 2
 
 
 @wrong("ipo_loss", 6, "ipo_is_least_at_its_target_margin")

@@ -39,21 +39,10 @@ def descend(loss, optimizer):
 
 
 @wrong("training_step", 13, MOVES)
-def step_without_step(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer):
-    optimizer.zero_grad()
-    loss_of(model, reference, ids_w, mask_w, ids_l, mask_l, beta).mean().backward()
-
-
-@wrong("training_step", 13, MOVES)
 def gradient_zeroed_after_backward(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer):
     loss_of(model, reference, ids_w, mask_w, ids_l, mask_l, beta).mean().backward()
     optimizer.zero_grad()
     optimizer.step()
-
-
-@wrong("training_step", 31, "step_goes_down")
-def ascent(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer):
-    descend(-loss_of(model, reference, ids_w, mask_w, ids_l, mask_l, beta).mean(), optimizer)
 
 
 @wrong("training_step", 31, "step_goes_down")
@@ -107,11 +96,6 @@ def micro_batches_not_divided(model, reference, micro_batches, beta, optimizer):
     for micro_batch in micro_batches:
         loss_of(model, reference, *micro_batch, beta).mean().backward()
     optimizer.step()
-
-
-@wrong("accumulated_step", 19, ACCUMULATED)
-def only_the_last_micro_batch_counts(model, reference, micro_batches, beta, optimizer):
-    descend(loss_of(model, reference, *micro_batches[-1], beta).mean(), optimizer)
 
 
 # ------------------------------------------------- the reference
@@ -194,11 +178,6 @@ def stripped(encode, prompt, response):
 @wrong("sft_loss", 3, "fine_tuning_ignores_padding")
 def fine_tuning_on_padding(model, ids, mask):
     return -per_token(model, ids).mean()
-
-
-@wrong("sft_loss", 21, "fine_tuning_loss_is_a_mean_over_tokens")
-def fine_tuning_by_sequence(model, ids, mask):
-    return -logp(model, ids, mask).mean()
 
 
 @wrong("sft_loss", 21, "fine_tuning_loss_is_a_mean_over_tokens")
