@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 import data
 import dpo
 import tiny
-import train
-from beyond import custom_data
-from beyond.custom_data import load_pairs, to_preferences, tokens_to_train, with_ref_logps
+from beyond.custom_data import load_pairs, to_preferences, with_ref_logps
 from beyond.losses import split_rows
 from lib.checkpoint import load_gpt
 from lib.io import BadInput
@@ -128,26 +126,3 @@ def test_shared_responses_are_one_row_and_every_pair_is_kept():
     expected = dpo.response_logps(pi_ref, preferences.ids, preferences.mask)
     tolerance = 0.1 if pi_ref.bf16 else 1e-4
     torch.testing.assert_close(scored.ref_logps, expected, atol=tolerance, rtol=0)
-
-
-def test_expected_time_leaves_out_the_first_step(monkeypatch):
-    """The first step takes 1,000 s, and the next one 1 s for its 192 tokens of 19,200."""
-    clock = [0.0]
-
-    def step(pi, ids, mask):
-        clock[0] += 1 if clock[0] else 1000
-        return torch.zeros(1, requires_grad=True)
-
-    monkeypatch.setattr(custom_data, "fast_response_logps", step)
-    monkeypatch.setattr(custom_data, "tokens_to_train", lambda cfg, dataset: 19_200)
-    monkeypatch.setattr(custom_data.time, "perf_counter", lambda: clock[0])
-    said = custom_data.expected_time(None, None, tiny.checkpoint(), CPU)
-    assert said.startswith("training takes about 100 seconds")
-
-
-def test_expected_time_counts_fine_tuning_scoring_and_dpo(tmp_path):
-    dataset = load(tmp_path / "pairs.jsonl", [row(f"{i} is", " good.", " bad.") for i in range(20)])
-    cfg = train.Config(sft_steps=9, sft_batch_size=4, beta=(1.0, 2.0, 3.0), epochs=2)
-    tuned = 9 * 4 / len(dataset.sft_texts) * sum(map(len, dataset.sft_texts))
-    in_pairs = sum(int(row.nonzero().max()) + 1 for row in dataset.pairs.mask)
-    assert tokens_to_train(cfg, dataset) == int(tuned + (3 * 2 + 1 / 3) * in_pairs)

@@ -125,10 +125,3 @@ def test_bfloat16_is_used_only_on_processors_with_units_for_it(units, capability
     assert bf16_supported(CPU) == (units and capability == "AVX512")
     assert bf16_supported(torch.device("cuda")) == units
     assert not bf16_supported(torch.device("mps"))
-
-
-@pytest.mark.parametrize("kind", ["toy", "imdb", "own"])
-def test_without_bfloat16_units_no_product_of_a_run_is_bfloat16(kind, request):
-    """Every matrix product of the run is recorded: fine-tuning, sampling, DPO and evaluation."""
-    products = request.getfixturevalue(kind).products
-    assert set(products) == {torch.float32} and products[torch.float32] > 1000

@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import urllib.error
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 import tiny
 import train
-from lib.io import BadInput, atomic_write, cache_dir, open_user_file
+from lib.io import BadInput, atomic_write, open_user_file
 from lib.stage import Stage
 
 
@@ -86,9 +85,3 @@ def test_a_download_that_fails_gives_one_line_and_leaves_nothing(content, downlo
     with pytest.raises(BadInput, match=r"aclImdb_v1\.tar\.gz: cannot be read"):
         download(content)
     assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_the_cache_is_in_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.delenv("DPO_CACHE", raising=False)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert cache_dir() == tmp_path / ".cache" / "dpo"

@@ -125,11 +125,6 @@ def test_a_check_prints_both_sides_and_fails_on_a_difference(run):
         assert execute(tried).endswith("failed x\n"), call
 
 
-def test_no_check_claims_equation_21_as_printed():
-    """It has y_w and y_l exchanged in two transcriptions of the paper."""
-    assert not [s for cell in CODE for s in statements(cell) if re.search(r"\b21\b", s)]
-
-
 def test_a_name_keeps_one_meaning():
     """No name is assigned in two cells, except loop variables and the curves of a plot."""
     counts = Counter()

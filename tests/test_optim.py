@@ -1,11 +1,11 @@
-"""lib/optim.py and beyond/muon.py: batches, the learning-rate schedule, and Muon."""
+"""lib/optim.py and beyond/muon.py: the learning-rate schedule, and Muon."""
 
 import numpy as np
 import pytest
 import torch
 
 from beyond.muon import Muon
-from lib.optim import OPTIMIZERS, linear_warmup_decay, random_batches
+from lib.optim import linear_warmup_decay
 from tiny import Products
 
 SHAPES = [(8, 8), (4, 16), (16, 4), (48, 12), (16, 4), (3, 4)]
@@ -47,23 +47,3 @@ def test_the_learning_rate_warms_up_over_2_percent_and_ends_at_0():
     assert rates[19] < rates[20] == max(rates) == pytest.approx(0.98)
     assert np.allclose(np.diff(rates[20:]), -1 / 1000)
     assert linear_warmup_decay(1)(0) > 0.9
-
-
-@pytest.mark.parametrize("n, batch_size", [(1003, 16), (7, 16), (40, 1)])
-def test_random_batches_are_one_epoch_in_random_order(n, batch_size):
-    first, again, other = (
-        [batch.tolist() for batch in random_batches(n, batch_size, 1, seed)] for seed in (1, 1, 2)
-    )
-    assert sorted(i for batch in first for i in batch) == list(range(n)) and first == again != other
-    assert max(map(len, first)) <= batch_size and len(first) == -(-n // batch_size)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_lower_a_quadratic(name):
-    p = torch.nn.Parameter(torch.ones(4))
-    optimizer = OPTIMIZERS[name]([p], lr=0.05)
-    for _ in range(30):
-        optimizer.zero_grad()
-        p.square().sum().backward()
-        optimizer.step()
-    assert p.square().sum() < 1

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import dpo
 import train
 from beyond import common, compare, explain, page
+from beyond.custom_data import to_preferences
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = """kl optimal_kl gain p_positive win_rate length reward_slope reward_r2
@@ -54,11 +54,7 @@ def test_tables_are_computed_from_results(dataset):
     """Mean and standard deviation over seeds, in the README's columns"""
     lines = []
     for points in zip(*(run["points"] for run in results(dataset)), strict=True):
-        cells = []
-        for name in COLUMNS:
-            values = [point[name] for point in points]
-            known = None not in values
-            cells.append(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if known else "-")
+        cells = [common.cell([point[name] for point in points]) for name in COLUMNS]
         lines.append(f"| {points[0]['beta']:g} | {' | '.join(cells)} |\n")
     titles = " | ".join(page.TABLE.get(name, name) for name in COLUMNS)
     head = f"| beta | {titles} |\n{'|---' * (len(COLUMNS) + 1)}|\n"
@@ -110,10 +106,8 @@ def test_the_table_of_four_and_eight_completions_is_that_of_the_results():
         assert len(runs) == 10 and {run["config"]["completions"] for run in runs} == {K}
         n = np.mean([run["pairs"] for run in runs])
         for points in zip(*(run["points"] for run in runs), strict=True):
-            cells = []
-            for name in ("reward_r2", "reward_slope", "fraction_of_optimal"):
-                values = [point[name] for point in points]
-                cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
+            names = ("reward_r2", "reward_slope", "fraction_of_optimal")
+            cells = [common.cell([point[name] for point in points], 3) for name in names]
             assert f"| {K} | {n:,.0f} | {points[0]['beta']:g} | {' | '.join(cells)} |" in text
 
 
@@ -159,14 +153,7 @@ def test_example_loss_is_a_loss():
     source = re.search(r"```python\n(import torch.*?def my_loss.*?)```", README, re.S)[1]
     exec(source, namespace := {})
     logps = torch.tensor([[0.0, -1.0], [0.0, -2.0]])
-    batch = dpo.Preferences(
-        ids=torch.zeros(2, 2, dtype=torch.long),
-        mask=torch.tensor([[False, True]] * 2),
-        ref_logps=torch.zeros(2, 2),
-        prompt=torch.zeros(2, dtype=torch.long),
-        pairs=torch.tensor([[0, 1]]),
-        weight=torch.ones(1),
-    )
+    batch = to_preferences([((0,), (1,), (2,))])
     losses, r_hat_w, r_hat_l = namespace["my_loss"](logps, batch, beta=0.5)
     assert losses.shape == r_hat_w.shape == r_hat_l.shape == (1,)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(1 - 0.5)))

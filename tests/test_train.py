@@ -24,54 +24,32 @@ from beyond.custom_model import read_checkpoint
 from lib.checkpoint import load_gpt, to_checkpoint
 from lib.io import BadInput
 from model import GPT, GPTConfig
-from tiny import CPU, ROOT, lines, pairs, saved
+from tiny import CPU, ROOT, saved
 
 KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 for the complete test
 FLAGS = "--init init.pt --context 24 --sft-steps 3 --reviews 100 --prompts 16 --batch-size 8"
 FLAGS = f"{FLAGS} --epochs 1 --eval-prompts 4 --ref-samples 32 --eval-samples 16 --beta 0.5 2"
-POINT = """beta loss kl kl_se length length_se entropy entropy_se pairs pair_prompts pair_accuracy
-    r_hat_w r_hat_l margin""".split()
-KNOWN_REWARD = """reward reward_se gain gain_se p_positive p_positive_se win_rate win_rate_se
-    pair_accuracy_ceiling reward_slope reward_r2 fraction_of_optimal fraction_of_optimal_se
-    optimal_reward optimal_kl regret regret_se""".split()
-CURVE = "loss accuracy margin r_hat_w r_hat_l logp_w logp_l grad_norm".split()
-LOOK = """kl entropy length samples held_out_loss held_out_margin held_out_pair_accuracy
-    held_out_pairs held_out_pair_prompts held_out_r_hat_w held_out_r_hat_l""".split()
 
 
 @pytest.mark.parametrize("kind", ["toy", "imdb", "own"])
-def test_results_json_has_all_fields(kind, request):
+def test_results_json_is_complete(kind, request):
+    """It has what the committed results have; the fields about r* only where r* is known."""
     run = request.getfixturevalue(kind)
     results, known = run.results, kind != "own"
-    assert set(results) == set(
-        "config pairs seconds machine reference points frontier prompts samples curves".split()
-    )
-    assert set(results["config"]) == set(vars(run.cfg))
-    assert set(results["machine"]) == {"device", "processor", "cpu", "bf16", "threads", "torch"}
-    assert set(results["seconds"]) >= {"dataset", "reference", "preferences", "eval_set"}
+    committed = json.loads((ROOT / "results/toy-0/results.json").read_text("utf-8"))
+    assert set(results) == set(committed) and set(results["config"]) == set(vars(run.cfg))
     assert [point["beta"] for point in results["points"]] == list(run.cfg.beta)
-    fields = POINT + KNOWN_REWARD if known else POINT
-    assert all(set(point) == set(fields) for point in results["points"])
-    look = [*CURVE, *LOOK, "reward", "p_positive"] if known else CURVE + LOOK
+    fields = set(committed["points"][0])
+    assert all((set(point) == fields) == known for point in results["points"])
     for curve in results["curves"].values():
-        seen = [row for row in curve if set(row) != set(CURVE)]
-        assert all(set(row) == set(look) for row in seen)
+        seen = [row for row in curve if "kl" in row]
         assert len(seen) == min(10, len(curve)) and seen[-1] is curve[-1]
+        assert all(("reward" in row) == known for row in seen)
         assert curve[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # pitfall 13
     names = ["pi_ref", *(f"beta {beta:g}" for beta in run.cfg.beta)]
     shown = {name: len(sample["texts"]) for name, sample in results["samples"].items()}
     assert shown == dict.fromkeys(names, len(results["prompts"])) and len(results["prompts"]) > 1
     assert bool(results["frontier"]) == known
-
-
-def test_the_stages_are_those_of_section_6_1(toy, imdb, own):
-    """In the order of the paper: data, pi_ref, completions, labels, then DPO at each beta."""
-    common = ["dataset", "reference", "completions", "preferences", "eval_set"]
-    assert list(toy.calls) == [*common, "dpo-0.5", "eval-0.5", "dpo-2", "eval-2"]
-    assert list(imdb.calls) == ["reviews", *common, "dpo-1", "eval-1"]
-    assert list(own.calls) == [
-        *("dataset", "reference", "preferences", "eval_set", "dpo-1", "eval-1")
-    ]
 
 
 def test_preferences_are_on_sampled_ids_scored_once(toy):
@@ -131,11 +109,6 @@ def undisturbed(start) -> tuple[Path, float]:
     process.join()
     assert process.exitcode == 0, Path(f"{process.folder}.log").read_text()
     return process.folder, time.perf_counter() - began
-
-
-def test_the_same_command_gives_the_same_results_in_every_process(undisturbed):
-    folder, _ = undisturbed
-    assert results(folder) == results(folder.parent / "first")
 
 
 def run_stages(printed: str) -> list[str]:
@@ -207,18 +180,6 @@ def test_other_labels_and_pairs_run(flags, labels, here):
     ceiling = found["points"][0]["pair_accuracy_ceiling"]
     assert found["config"]["labels"] == labels
     assert (ceiling == pytest.approx(1)) == (labels == "argmax")
-
-
-def test_the_users_own_preferences_run_from_the_command_line(here, capsys):
-    """Pairs that do not fit are dropped, and reported. pitfall 20"""
-    unfit = {"prompt": "film", "chosen": " no" * 60, "rejected": " yes"}
-    Path("own.jsonl").write_bytes(lines([*pairs(24), unfit]))
-    found = main("--data own.jsonl --beta 1")
-    printed = capsys.readouterr().out
-    assert "1 of 25 pairs do not fit in --context 24 and are dropped" in printed
-    assert "pairs are held out: accuracy on them says little" in printed
-    assert 0 < found["pairs"] < 24
-    assert main("--data own.jsonl --beta 1") == found  # from the cache
 
 
 def test_a_loss_in_a_file_is_trained_again_after_an_edit(here, capsys, monkeypatch):
@@ -293,14 +254,17 @@ def test_fine_tuning_that_diverges_is_refused():
 
 
 @pytest.mark.parametrize("epochs, batch_size, steps", [(3, 5, 12), (None, 8, 100)])
-def test_every_epoch_has_each_prompt_once(epochs, batch_size, steps, toy):
-    """Without epochs: as many as give at least 100 steps."""
-    how = train.Training(0, "sgd", 0.1, epochs, batch_size, 0)
-    batches = how.batches(toy.returned["preferences"])
-    assert len(batches) == steps
-    per_epoch = math.ceil(16 / batch_size)
-    for i in range(0, steps, per_epoch):
-        assert sorted(torch.cat(batches[i : i + per_epoch]).tolist()) == list(range(16))
+def test_every_epoch_has_each_prompt_once_in_random_order(epochs, batch_size, steps, toy):
+    """Without epochs: as many as give at least 100 steps. The seed determines the order."""
+    first, again, other = (
+        train.Training(0, "sgd", 0.1, epochs, batch_size, seed).batches(toy.returned["preferences"])
+        for seed in (0, 0, 1)
+    )
+    assert len(first) == steps and max(map(len, first)) <= batch_size
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    orders = torch.cat(first + other).view(-1, 16)
+    assert torch.equal(orders.sort().values, torch.arange(16).expand_as(orders))
+    assert len(orders.unique(dim=0)) == len(orders)
 
 
 def test_a_batch_of_one_prompt_can_be_overfitted(toy, capsys):

@@ -118,7 +118,7 @@ def target(function) -> object:
 
 
 def record(folder: Path, cfg: train.Config) -> SimpleNamespace:
-    """Run an experiment. Returns its folder, results, products, and for each stage by name:
+    """Run an experiment. Returns its folder, results, and for each stage by name:
     `calls`, its function and arguments; `executed`, the frames' (code, globals); `returned`.
     """
     calls, executed, returned = {}, defaultdict(dict), {}
@@ -144,12 +144,12 @@ def record(folder: Path, cfg: train.Config) -> SimpleNamespace:
             sys.setprofile(None)
         return returned[name]
 
-    with pytest.MonkeyPatch.context() as patch, Products() as products:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         patch.setattr(Stage, "__call__", call)
         train.run(cfg, Stage(folder / "out"), CPU)
     results = json.loads((folder / "out" / "results.json").read_text("utf-8"))
     return SimpleNamespace(
-        cfg=cfg, folder=folder / "out", results=results, products=products.dtypes,
+        cfg=cfg, folder=folder / "out", results=results,
         calls=calls, executed=executed, returned=returned,
     )  # fmt: skip

@@ -63,12 +63,3 @@ def test_fraction_of_optimal_is_unknown_beyond_the_reliable_frontier():
     for KL in (kl[int(frontier["reliable"].sum())], kl[0] / 2):
         found = evaluate.fraction_of_optimal(REF_R, torch.from_numpy(frontier["reward"][-1]), KL)
         assert set(found.values()) == {None}
-
-
-@given(seed=seeds, P=st.integers(2, 6), M=st.integers(1, 6))
-def test_standard_error_is_that_of_independent_prompts(seed, P, M):
-    """P means of M values  =>  their mean, and se = std / sqrt(P), from the data.  pitfall 33"""
-    values = uniform((P, M), -5.0, 5.0, seed)
-    found = evaluate.means_and_errors({"x": values})
-    each = values.mean(1).numpy()
-    assert_same([found["x"], found["x_se"]], [each.mean(), each.std(ddof=1) / np.sqrt(P)])

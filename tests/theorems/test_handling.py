@@ -157,22 +157,14 @@ def test_fine_tuning_ignores_padding(sft_loss):
         assert_same(sft_loss(pi, *rows([0], [[1, END]], 8, pad)), loss)
 
 
-@mistake("a sum or mean per sequence", 21, "divide the sum by the number of tokens in the batch")
+@mistake("per sequence, or a wrong shift or mask", 21, "sum over y's tokens / their number")
 @given(seed=seeds)
 def test_fine_tuning_loss_is_a_mean_over_tokens(sft_loss, seed):
-    """Responses of unequal lengths => the loss is the mean nats per response token. pitfall 21"""
-    pi, ys = bigram(seed), [[1], [0, 1, END]]
-    nats = -sum(log_probability(pi, [0], y) for y in ys)
-    assert_same(sft_loss(pi, *rows([0], ys)), nats / 4)
-
-
-@mistake("the prompt or a shifted token is in the loss", 1, "shift labels by one; mask the prompt")
-@given(seed=seeds)
-def test_fine_tuning_loss_of_one_response_is_its_log_probability(sft_loss, seed):
-    """One response of L tokens  =>  the loss is -log pi(y|x) / L.  pitfall 1"""
-    pi = bigram(seed)
-    loss = sft_loss(pi, *rows([0, 1], [[1, 0]], 6))
-    assert_same(loss, -log_probability(pi, [0, 1], [1, 0]) / 2)
+    """Responses of unequal lengths  =>  the loss is the mean nats per response token.
+    pitfalls 1, 21"""
+    pi, x, ys = bigram(seed), [0, 1], [[1], [0, 1, END]]
+    nats = -sum(log_probability(pi, x, y) for y in ys)
+    assert_same(sft_loss(pi, *rows(x, ys, 6)), nats / 4)
 
 
 # ------------------------------------------------- the model

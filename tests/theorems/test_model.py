@@ -1,8 +1,6 @@
-"""model.py: GPT-2's architecture, and sampling from an enumerable GPT."""
+"""model.py: the GPT, whose function test_gpt2.py checks, and sampling from an enumerable one."""
 
 import dataclasses
-import math
-from collections import Counter
 
 import pytest
 import torch
@@ -13,12 +11,11 @@ from worlds import (
     END,
     PROMPTS,
     V,
-    assert_at_most,
+    assert_frequencies,
     assert_same,
     enumerated,
     gpt,
     responses,
-    standard_errors,
 )
 
 import dpo
@@ -39,14 +36,6 @@ def drawn(sample, pi, prompts, *options) -> list[list[int]]:
     if isinstance(found, list):
         return found
     return [row[inside].tolist() for row, inside in zip(*found[:2], strict=True)]
-
-
-def assert_frequencies(ys: list[list[int]], possible: list[list[int]], p) -> None:
-    """The frequency of each response is its probability, within five standard errors."""
-    counts = Counter(map(tuple, ys))
-    frequency = torch.tensor([counts.pop(tuple(y), 0) / len(ys) for y in possible]).double()
-    assert not counts, f"impossible responses: {sorted(counts)[:3]}"
-    assert_at_most(standard_errors(frequency, p, (p * (1 - p) / len(ys)).sqrt()), 5.0)
 
 
 @mistake("a response is empty", 20, "sample at least one token per prompt")
@@ -105,18 +94,6 @@ def test_sampled_log_probabilities_are_those_of_the_response():
         assert torch.equal(logps < 0, mask)
 
 
-def test_sample_keeps_prompts_and_pads_on_the_right():
-    """A row is prompt, response, padding; the mask is the response  =>  the prompts come back, and
-    each mask is one run of True that starts after its prompt.  pitfall 26"""
-    prompts = PROMPTS * 20
-    ids, mask, _ = model.sample(gpt(0), prompts, END, generator=generator(0))
-    assert ids.shape == mask.shape == (len(prompts), CONTEXT)
-    for x, row, inside in zip(prompts, ids.tolist(), mask.tolist(), strict=True):
-        n = sum(inside)
-        assert row[: len(x)] == x and n >= 1
-        assert inside == [len(x) <= t < len(x) + n for t in range(CONTEXT)]
-
-
 def test_temperature_flattens_the_next_token():
     """One token left, temperature 2  =>  y_1 is drawn from softmax(logits / 2).  pitfall 25"""
     pi, x = gpt(0), [0, 1, 0]
@@ -140,17 +117,12 @@ def greedy(pi: GPT, x: list[int]) -> list[int]:
 
 def test_at_temperature_zero_each_row_is_the_greedy_response():
     """Prompts of every length in one batch, T -> 0  =>  each row is the greedy response to its own
-    prompt, found without cache or batch.  pitfall 26"""
+    prompt, found without cache or batch.  pitfalls 11, 26"""
     pi = gpt(11, context=9, n_layer=2)
     prompts = [torch.randint(V, (1 + n % 8,), generator=generator(n)).tolist() for n in range(40)]
     found = drawn(model.sample, pi, prompts, 1e-6)
     assert found == [greedy(pi, x) for x in prompts]
     assert {y[-1] == END for y in found} == {True, False}
-
-
-def test_end_token_inside_a_prompt_does_not_end_the_response():
-    """x contains the end token  =>  y is sampled as usual.  pitfall 11"""
-    assert max(map(len, drawn(model.sample, gpt(0), [[END, END], [END]] * 50))) > 1
 
 
 def test_sampling_draws_from_its_own_generator_only():
@@ -165,22 +137,6 @@ def test_sampling_draws_from_its_own_generator_only():
 
 
 # ------------------------------------------------- the model
-
-
-def test_architecture_is_gpt2s():
-    """GPT-2's function written again: pre-LayerNorm, fused attention, tanh-GELU, tied output
-    matrix"""
-    pi = gpt(0, n_layer=2)
-    x = pi.wte(IDS) + pi.wpe(torch.arange(CONTEXT))
-    for block in pi.h:
-        qkv = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, 2, -1))  # (B, T, 3, nh, hs)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
-        h = block.mlp.c_fc(block.ln_2(x))
-        gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-        x = x + block.mlp.c_proj(gelu)
-    assert_same(pi(IDS), pi.ln_f(x) @ pi.wte.weight.T)
 
 
 def test_initial_weights_have_gpt2s_scale():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from worlds import (
     END,
     PROMPTS,
-    assert_at_most,
+    assert_frequencies,
     assert_same,
     enumerated,
     gpt,
@@ -46,12 +46,6 @@ def no_score(ids, mask):
     return torch.zeros(ids.shape)
 
 
-def agree(frequency, p, n):
-    """n draws have these probabilities, within five standard errors."""
-    error = (p * (1 - p) / n).sqrt().clamp(min=1 / n)
-    assert_at_most((frequency - p).abs() / error, 5.0)
-
-
 # ------------------------------------------------- online DPO
 
 
@@ -80,12 +74,11 @@ def test_online_pairs_are_the_policys_own_with_bradley_terry_labels(x):
     draw = partial(sample, pi, end=END, generator=torch.Generator().manual_seed(0))
     batch = pairs.online([x] * n, 2, draw, count_reward, no_score, 0)
     named = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-    counts = Counter((ys.index(named[w]), ys.index(named[l])) for w, l in batch.pairs.tolist())
+    chosen = [(ys.index(named[w]), ys.index(named[l])) for w, l in batch.pairs.tolist()]
     r, p = count_reward(*rows(x, ys)).double(), enumerated(pi, x).exp()
     law = 2 * p[:, None] * p * torch.sigmoid(r[:, None] - r)
     law.fill_diagonal_(0.0)
-    N = range(len(ys))
-    agree(number([[counts[i, j] / n for j in N] for i in N]), law, n)
+    assert_frequencies(chosen, list(product(range(len(ys)), repeat=2)), law.flatten(), n)
 
 
 @given(seed=seeds, P=st.integers(1, 4), N=st.integers(2, 5), decimals=st.sampled_from([0, 2]))
@@ -185,10 +178,8 @@ def test_rso_has_the_law_of_its_algorithm(K):
     sweeps gives it, within five standard errors"""
     r, beta, n, rng = [0.3, -0.5, 1.0, 0.2], 0.8, 10_000, random.Random(0)
     law = law_of_algorithm_1(r, beta, K, range(4))
-    counts = Counter(tuple(sorted(pairs.rejection_sampling(r, beta, K, rng))) for _ in range(n))
-    frequency = number([counts.pop(chosen, 0) / n for chosen in law])
-    assert not counts
-    agree(frequency, number(list(law.values())), n)
+    runs = [sorted(pairs.rejection_sampling(r, beta, K, rng)) for _ in range(n)]
+    assert_frequencies(runs, list(law), number(list(law.values())))
 
 
 def marginal(ref_logp, r, beta, N, K):
@@ -225,10 +216,8 @@ def test_rankings_have_the_law_of_plackett_luce(w):
     generator = torch.Generator().manual_seed(0)
     chosen, _ = pairs.rankings(w.r.repeat(n), prompt, generator)
     wins = torch.bincount(chosen[:, 0], minlength=n * K).view(n, K)
-    counts = Counter(map(tuple, wins.argsort(1, descending=True).tolist()))
-    orders = list(permutations(range(K)))
-    p = dpo.plackett_luce(w.r[torch.tensor(orders)]).exp()
-    agree(number([counts[order] / n for order in orders]), p, n)
+    drawn, orders = wins.argsort(1, descending=True).tolist(), list(permutations(range(K)))
+    assert_frequencies(drawn, orders, dpo.plackett_luce(w.r[torch.tensor(orders)]).exp())
 
 
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5), seed=seeds)

@@ -1,7 +1,6 @@
 """One training step, its metrics, and dpo.py's loop and batches."""
 
 import copy
-import math
 import random
 from functools import partial
 
@@ -13,7 +12,6 @@ from mistakes import mistake
 from torch import Tensor, nn
 from worlds import (
     CONTEXT,
-    END,
     LN_2,
     PROMPTS,
     Bigram,
@@ -370,23 +368,17 @@ def test_optimal_policy_is_a_fixed_point_of_training():
     assert metrics["grad_norm"] < 1e-7 and metrics["loss"] < LN_2
 
 
-class OneFeature(nn.Module):
-    """Three one-token responses with logits (1, 0, 3) theta."""
-
-    def __init__(self):
-        super().__init__()
-        self.theta = nn.Parameter(torch.zeros(()))
-
-    def forward(self, ids):
-        return (self.theta * torch.tensor([1.0, 0.0, 3.0])).expand(*ids.shape, 3)
+def one_feature(theta, ids, mask):
+    """log pi of responses of one token, with logits (1, 0, 3) theta."""
+    return (theta[0] * number([1.0, 0.0, 3.0])).log_softmax(-1)[ids] * mask
 
 
 def test_falling_chosen_log_probability_is_recorded():
     """Shared features  =>  log pi(y_w) falls step by step while the loss falls too, and the metrics
     show both.  pitfall 23"""
-    pi = OneFeature()
-    batch = preferences([dict(prompt=0, x=[0], y_w=[0], y_l=[1], weight=1.0)], pi)
-    records = steps(pi, batch, sgd(pi, 0.5), n=5)
+    theta, pi_ref = nn.ParameterList([nn.Parameter(number(0.0))]), Bigram(torch.zeros(V, V))
+    batch = preferences([dict(prompt=0, x=[0], y_w=[0], y_l=[1], weight=1.0)], pi_ref)
+    records = steps(theta, batch, sgd(theta, 0.5), n=5, logps_fn=one_feature)
     for name in ("loss", "logp_w", "logp_l"):
         values = [record[name].item() for record in records]
         assert values == sorted(values, reverse=True) and len(set(values)) == 5
@@ -435,10 +427,3 @@ def test_batch_holds_the_preferences_of_its_prompts_and_no_others(seed, chosen, 
     assert batch.mask[:, -1].any()
     assert set(batch.prompt.tolist()) == set(chosen[:n])
     assert len(batch.ids) == torch.isin(whole.prompt, prompts).sum()
-
-
-def test_end_token_is_scored_once():
-    """y = (1, END), padded with END  =>  log pi(y|x) has two terms.  pitfall 10"""
-    pi = Bigram(torch.zeros(V, V, dtype=torch.float64))
-    ids, mask = rows([0], [[1, END]], 6, pad=END)
-    assert_same(dpo.response_logps(pi, ids, mask).sum(-1), [-2 * math.log(3)])

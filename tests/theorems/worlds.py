@@ -6,6 +6,7 @@ shrinks towards few responses and small seeds instead of towards odd floats.
 
 import math
 import random
+from collections import Counter
 from contextvars import ContextVar
 from itertools import permutations, product
 from typing import NamedTuple
@@ -45,6 +46,15 @@ def assert_at_most(left, right):
     left, right = plain(left), plain(right)
     holds = (left <= right + tolerance_in_use.get() * (1 + right.abs())).all()
     assert holds, f"{left.tolist()} is not at most {right.tolist()}"
+
+
+def assert_frequencies(drawn: list, possible: list, p: Tensor, n: int | None = None):
+    """Each possibility occurs with its probability, within five standard errors, and no other."""
+    n, counts = n or len(drawn), Counter(map(tuple, drawn))
+    frequency = number([counts.pop(tuple(y), 0) / n for y in possible])
+    assert not counts, f"impossible: {sorted(counts)[:3]}"
+    se = (p * (1 - p) / n).sqrt().clamp(min=1 / n)
+    assert_at_most((frequency - p).abs() / se, 5.0)
 
 
 # ------------------------------------------------- finite worlds
@@ -303,8 +313,3 @@ def preferences(of: list[dict], pi_ref: nn.Module) -> dpo.Preferences:
     prompt = torch.tensor([prompt for prompt, _, _ in found])
     pairs = torch.tensor([[found.index(response) for response in pair] for pair in both])
     return dpo.Preferences(ids, mask, ref_logps, prompt, pairs, number([t["weight"] for t in of]))
-
-
-def standard_errors(estimate: Tensor, truth: Tensor, se: Tensor) -> Tensor:
-    """The number of standard errors between an estimate and the truth."""
-    return (estimate - truth).abs() / se.clamp(min=1e-12)
