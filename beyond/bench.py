@@ -3,7 +3,7 @@
     python -m beyond.bench [--repetitions N] [--out FOLDER]
 
 A DPO step (forward, backward, clipping, optimizer) is timed with `dpo.response_logps`, with
-`lib.inference.fast_response_logps` as train.py does, and with TRL's DPOTrainer; sampling with
+`lib.inference.fast_response_logps`, which train.py uses, and with TRL's DPOTrainer; sampling with
 `model.sample` and with transformers' `generate`. All have the same random weights and data: 96
 preferences between 4 completions of each of 16 prompts.
 

@@ -110,7 +110,7 @@ def fetch(url: str, path: Path):
         raise BadInput(f"{url}: {arrived}; repeat the command to continue")
     if checksum_of(part, checksum) != checksum:
         part.unlink()
-        raise BadInput(f"{url}: wrong checksum; the file was deleted, repeat the command")
+        raise BadInput(f"{url}: wrong checksum; the file was deleted: repeat the command")
     os.replace(part, path)
 
 

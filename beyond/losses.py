@@ -243,8 +243,8 @@ def sppo_hard(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
 def sppo(logps: Tensor, batch: Preferences, beta: float) -> PairLosses:
     """(A - (P_w - 1/2) / beta)^2 + (B - (P_l - 1/2) / beta)^2.  2405.00675, with eta = 1 / beta.
 
-    P = P(y > pi_t | x) is estimated by the weighted share of y's pairs with other completions of x
-    that y wins. The completions must be samples of pi_t, which is pi_ref in the first round.
+    P = P(y > pi_t | x) is estimated from y's pairs with other completions of x, as the weighted
+    share that y wins. The completions must be samples of pi_t, which is pi_ref in the first round.
     Optimum: every log-ratio equals (P - 1/2) / beta.
     """
     A, B = log_ratios(logps, batch)

@@ -51,7 +51,7 @@ def stage_key(function: Callable, args: tuple) -> str:
 
 
 class Describer(pickle.Pickler):
-    """Pickles a value to bytes that change when it does. Code is written, not its name."""
+    """Pickles a value to bytes that change when it does; a function as its code, not its name."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)

@@ -200,7 +200,7 @@ def test_fsdp_keeps_what_is_outside_the_blocks_gathered(group):
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda", [1])])
-def test_only_runs_on_gpus_choose_one(monkeypatch, device, expected):
+def test_a_process_chooses_a_gpu_only_if_the_device_is_cuda(monkeypatch, device, expected):
     """--device cpu on a machine with GPUs  =>  no process needs a GPU of its own"""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

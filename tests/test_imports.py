@@ -1,4 +1,4 @@
-"""Imports go one way; functions are short and import nothing from the project."""
+"""Imports go one way. Outside beyond/, functions are short and import no module of the project."""
 
 import ast
 from pathlib import Path

@@ -12,7 +12,7 @@ from tiny import archive
 
 
 def graded_reviews() -> dict[str, list[str]]:
-    """Reviews from the grammar in the parts of IMDb, by the sign of the weights of their words."""
+    """Reviews from the grammar under IMDb's keys, labelled by the sum of their words' weights."""
     reviews = defaultdict(list)
     for i, text in enumerate(data.toy_reviews(3000, 77)):
         if r := round(data.WordReward(data.WEIGHT)([text]).item(), 3):

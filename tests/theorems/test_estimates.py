@@ -57,7 +57,8 @@ def test_fraction_of_optimal_is_one_on_the_frontier_and_zero_at_the_references_r
 
 
 def test_fraction_of_optimal_is_unknown_beyond_the_reliable_frontier():
-    """KL beyond the reliable part, or below that of the largest beta  =>  no fraction, no error"""
+    """KL beyond the reliable part, or below that of the largest beta  =>  no fraction and no
+    standard error"""
     frontier = evaluate.optimal_frontier(REF_R)
     kl = torch.from_numpy(frontier["kl"])
     for KL in (kl[int(frontier["reliable"].sum())], kl[0] / 2):

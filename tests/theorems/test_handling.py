@@ -55,7 +55,7 @@ def test_reference_is_frozen(make_reference):
 
 @mistake("log pi_ref is not that of training", 18, "use one function, mask and dtype for both")
 @given(seed=seeds)
-def test_reference_log_probabilities_are_the_models(reference_logps, seed):
+def test_reference_log_probabilities_are_those_of_the_model(reference_logps, seed):
     """log pi_ref(y|x) computed beforehand is the chain rule's.  pitfall 18"""
     pi = bigram(seed)
     expected = [log_probability(pi, [0], y) for y in responses([0])]

@@ -192,7 +192,7 @@ def test_batch_mates_are_invisible(response_logps, batch, seed):
     assert_same(together, torch.cat(alone))
 
 
-@mistake("an attention mask hides the response", 4, "it may hide padding only")
+@mistake("an attention mask hides the response", 4, "the attention mask must hide padding only")
 @given(seed=seeds, prompt=st.integers(1, 3))
 def test_model_sees_prompt_and_earlier_tokens(response_logps, seed, prompt):
     """pi(y_k | y_<k, x) depends on x and y_<k  =>  log pi(y|x) is that of the chain rule, token by
@@ -251,7 +251,7 @@ def test_log_probability_obeys_the_chain_rule(response_logps):
 
 
 @mistake("a one-token response is scored wrongly", 2, "the last prompt position predicts it")
-def test_log_probability_of_a_one_token_response_is_that_tokens(response_logps):
+def test_log_probability_of_a_one_token_response_is_that_of_the_token(response_logps):
     """y = (y_1)  =>  log pi(y|x) = log_softmax(logits at x's last token)[y_1].  pitfall 2"""
     pi = gpt(0)
     logps = response_logps(pi, *rows([1, 0], [[0], [1], [END]]))

@@ -183,7 +183,7 @@ def test_gradient_is_weighted_by_the_error_of_the_implicit_reward(dpo_loss, p):
 
 @mistake("the gradient does not reach the parameters", 31, "pass log pi_theta through unchanged")
 @given(w=worlds)
-def test_gradient_of_a_softmax_policy_is_the_papers(dpo_loss, w):
+def test_gradient_of_a_softmax_policy_is_that_of_the_paper(dpo_loss, w):
     """pi = softmax(logits)  =>  grad L = -beta s(r_hat_l - r_hat_w) (grad log pi(y_w) - grad log
     pi(y_l)), with grad log pi(y) = one_hot(y) - pi.  Section 4's gradient"""
     logits = w.logp.clone().requires_grad_()

@@ -165,7 +165,7 @@ def test_cached_logits_are_the_uncached_ones(sizes):
 
 
 @pytest.mark.parametrize("T, start", [(5, 0), (1, 0), (1, 4), (3, 2)])
-def test_attention_is_the_fused_kernels(T, start):
+def test_attention_equals_that_of_the_fused_kernel(T, start):
     """A whole row, the next token after a cache, or several after one  =>  as
     scaled_dot_product_attention masked to positions up to the query's.  pitfall 4"""
     q, k, v = torch.randn(3, 2, 2, start + T, 4, dtype=torch.float64)

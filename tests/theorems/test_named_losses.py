@@ -43,7 +43,7 @@ def test_ipo_is_the_square_of_the_distance_to_its_target(ipo_loss, h, tau):
     assert_same(ipo_loss(*at(h), tau), [(h - 1 / (2 * tau)) ** 2])
 
 
-@mistake("smoothing added on top of a whole label", None, "-(1-e) log s(z) - e log s(-z)")
+@mistake("the other term is not weighted by 1 - epsilon", None, "-(1-e) log s(z) - e log s(-z)")
 @given(epsilon=noises, beta=betas)
 def test_conservative_loss_is_least_at_the_logit_of_its_confidence(cdpo_loss, epsilon, beta):
     """cDPO  =>  stationary at h = logit(1 - epsilon) / beta"""

@@ -70,7 +70,7 @@ def test_population_loss_is_label_entropy_plus_a_divergence(dpo_loss, w, seed):
 
 @mistake("another policy has a smaller population loss than the optimum", None, RIGHT_LOSS)
 @given(w=optimiser_worlds, seed=seeds)
-def test_no_rival_has_the_population_loss_of_the_optimum(dpo_loss, w, seed):
+def test_no_rival_has_a_smaller_population_loss_than_the_optimum(dpo_loss, w, seed):
     """pi != pi_r, near or far, pairs that connect the responses  =>  L(pi) >= L(pi_r).  The
     population theorem"""
     batch = population(w.ref_logp, w.r, connected(len(w.r), seed))
@@ -298,7 +298,7 @@ def test_chosen_response_moves_with_its_features_against_the_policys_mean(seed, 
 
 
 @given(w=worlds)
-def test_tabular_pair_never_displaces(w):
+def test_tabular_policy_never_displaces_the_chosen_response(w):
     """One logit per response  =>  along DPO's descent log pi_w rises and log pi_l falls.  Eq. 7"""
     logits = w.logp.clone().requires_grad_()
     pi = logits.log_softmax(-1)

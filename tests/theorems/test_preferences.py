@@ -116,7 +116,7 @@ def test_equivalent_rewards_rank_alike(plackett_luce, w, f):
     assert_same(plackett_luce((w.r + f)[orders]), plackett_luce(w.r[orders]))
 
 
-@mistake("probabilities of rankings do not sum to 1", None, "sum over k the logsumexp of j >= k")
+@mistake("probabilities of rankings do not sum to 1", None, "sum_k r_k - logsumexp(r_j, j >= k)")
 @given(w=small_worlds)
 def test_plackett_luce_sums_to_one_over_all_rankings(plackett_luce, w):
     """The sum of p* over all K! rankings is 1.  Eq. 18"""

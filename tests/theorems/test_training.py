@@ -238,7 +238,7 @@ def test_accuracy_compares_implicit_rewards(metrics, p):
 
 @mistake("log pi(y_w) or log pi(y_l) is not what its name says", 23, "record logp_w and logp_l")
 @given(p=pairs)
-def test_recorded_log_probabilities_are_the_policys(metrics, p):
+def test_recorded_log_probabilities_are_those_of_the_policy(metrics, p):
     """logp_w and logp_l are means of log pi_theta, so that a falling one is seen.  pitfall 23"""
     assert_recorded(metrics, p, logp_w=p.logp_w, logp_l=p.logp_l)
 

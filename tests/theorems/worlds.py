@@ -1,7 +1,7 @@
 """The inputs of the theorems: finite worlds in float64, and a GPT small enough to enumerate.
 
-A finite world is one prompt with N responses. A seed draws everything in it, so that Hypothesis
-shrinks towards few responses and small seeds instead of towards odd floats.
+A finite world is one prompt with N responses. Everything in it is drawn from a seed, so that
+Hypothesis shrinks towards few responses and small seeds instead of towards odd floats.
 """
 
 import math
@@ -180,7 +180,7 @@ def population(
 ) -> dpo.Preferences:
     """One prompt, responses of one token each, and Bradley-Terry labels of the drawn pairs.
 
-    Without drawn pairs, all pairs have the same mass. Each pair is there in both orders. The
+    Without drawn pairs, all pairs have the same mass. Each pair occurs in both orders. The
     weights sum to 1.
     """
     N = len(r)

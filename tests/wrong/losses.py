@@ -158,7 +158,7 @@ def margin_of_log_probabilities(w, l, ref_w, ref_l, beta):
     return {"margin": beta * (w - l).mean()}
 
 
-@wrong("metrics", 23, "recorded_log_probabilities_are_the_policys")
+@wrong("metrics", 23, "recorded_log_probabilities_are_those_of_the_policy")
 def chosen_and_rejected_confused(w, l, ref_w, ref_l, beta):
     return {"logp_w": l.mean(), "logp_l": w.mean()}
 

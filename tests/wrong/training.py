@@ -116,7 +116,7 @@ def reference_not_frozen_copy(model):
     return copy.deepcopy(model).eval()
 
 
-@wrong("reference_logps", 18, "reference_log_probabilities_are_the_models")
+@wrong("reference_logps", 18, "reference_log_probabilities_are_those_of_the_model")
 @torch.no_grad()
 def precomputed_with_another_mask(reference, ids, mask):
     return (per_token(reference, ids) * mask[:, :-1]).sum(-1)
