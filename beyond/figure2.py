@@ -284,7 +284,7 @@ def cost(one: dict, name: str, e: Experiment, stage: Stage) -> dict[str, float]:
 
 
 def shared_seconds(method: str, seconds: dict[str, float]) -> float:
-    """Seconds of the stages that all runs of a method share: preferences, and the reward model."""
+    """Seconds of the stages that all runs of a method share: completions, and the reward model."""
     stages = {"PPO": ("completions", "reward-model"), "PPO-GT": ()}.get(method, ("completions",))
     return sum(seconds[name] for name in stages)
 

@@ -106,8 +106,8 @@ def read_reference(folder: Path) -> dict | None:
 def is_left_over(policy: Path) -> bool:
     """Whether a policy was trained from an earlier pi_ref than the one in its folder.
 
-    A policy is newer than its pi_ref, unless the run found it in the cache; then the run's
-    results.json names it.
+    A policy's file is newer than that of its pi_ref, unless the run reused a cached policy. Then
+    the run's results.json names the policy.
     """
     reference, results = policy.with_name("reference.pt"), policy.with_name("results.json")
     files = [policy, results] if policy.stem in read_results(policy.parent)[1] else [policy]

@@ -11,9 +11,9 @@ keep its probabilities; one pair for each GPU; log pi_ref computed before traini
 bytes, and only matrix products count as FLOPs, 2 for each multiply-add. The models of 7B and 70B
 parameters have Llama 2's number of layers and heads, width and vocabulary, but GPT-2's blocks.
 
-The parameters, FLOPs, activations and optimizer state were measured on small models; see
-tests/test_scale.py. The rest are formulas. What this file leaves out: fragmentation, framework
-buffers, and time.
+All numbers come from formulas. tests/test_scale.py compares those for parameters with real models,
+and those for FLOPs, activations and optimizer state with what a small model uses. What this file
+leaves out: fragmentation, framework buffers, and time.
 """
 
 import argparse
