@@ -112,7 +112,7 @@ def trained(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float
 
 
 def noise(stage: Stage, e: Experiment) -> dict[str, dict]:
-    """At the second of each method's two settings in compare.py. Losses with an epsilon know the share of flipped labels."""
+    """At the second of the two settings in compare.py; epsilon is the share of flips."""
     flipped = stage("noisy", noisy, e.preferences, e.cfg.seed)
     args = e.preferences, *loss_and_lr("dpo", 1)
     found = {"dpo, clean labels": trained(stage, e, "noise-clean", *args)}
@@ -124,7 +124,7 @@ def noise(stage: Stage, e: Experiment) -> dict[str, dict]:
 
 
 def verbosity(stage: Stage, e: Experiment) -> dict[str, dict]:
-    """At the first of each method's two settings in compare.py. R-DPO knows the reward per token."""
+    """At the first of the two settings in compare.py. R-DPO knows the reward per token."""
     args = e.preferences, e.dataset, e.reference, e.cfg.seed
     labelled = stage("verbose", verbose, *args)
     found = {}

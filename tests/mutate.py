@@ -81,7 +81,7 @@ def mutants(source: str) -> list[Mutant]:
         for edited in edits(node):
             after = "nothing" if edited is None else ast.unparse(edited)
             name = f"{function}: {ast.unparse(node)} -> {after}"
-            places[name] += 1  # the same edit at several places of the function
+            places[name] += 1  # the same edit in several places in the function
             if places[name] > 1:
                 name = f"{name} (place {places[name]})"
             found.append(Mutant(name, tree, node, edited))

@@ -57,7 +57,7 @@ def test_a_fifth_of_the_labels_are_flipped():
     assert flipped[first_won].double().mean().item() == pytest.approx(0.2, abs=0.02)
 
 
-def test_certain_labels_prefer_the_higher_reward_on_a_tenth_of_the_prompts():
+def test_deterministic_labels_prefer_the_higher_reward_and_cover_a_tenth_of_the_prompts():
     found = ablations.certain(completions(), TOY, checkpoint(), 0)
     w, l = common.true_reward(TOY, checkpoint())(found.ids, found.mask)[found.pairs].T
     assert found.prompt.unique().tolist() == [0, 1] and len(found.pairs) == 6

@@ -275,7 +275,7 @@ def test_defaults_depend_on_the_dataset_and_flags_override_them():
 
 
 def test_only_the_shipped_pi_ref_is_not_fine_tuned_on_imdb(tmp_path, monkeypatch):
-    """Also if the project is reached by a link."""
+    """Even if the project is reached through a link."""
     (tmp_path / "link").symlink_to(tiny.ROOT)
     monkeypatch.setattr(train, "PI_REF", str(tmp_path / "link/lib/pi_ref.pt"))
     for flags, steps in (

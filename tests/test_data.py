@@ -45,7 +45,7 @@ def test_toy_tokens_are_bytes_and_the_words_of_the_grammar_and_the_end_token_is_
 
 
 def test_r_star_is_a_sum_of_the_weights_of_known_words():
-    """On the toy dataset. For IMDb, it is divided by sqrt(n) for n words, and a bias is added."""
+    """On the toy dataset. On IMDb, it is divided by sqrt(n), with n known words, plus a bias."""
     r = REWARD(["the plot is superb. we hated this film.", "the plot is", ""])
     torch.testing.assert_close(r, torch.tensor([1.4 - 1.2, 0.0, 0.0]))
     imdb = data.WordReward({"good": 2.0, "bad": -3.0, "!": 0.5}, bias=0.1, divide=True)
@@ -117,7 +117,7 @@ def test_prompts_are_2_to_8_tokens_and_end_where_a_word_does():
         assert any(text.startswith(TOKENIZER.decode(x) + " ") for text in texts)
 
 
-def test_texts_that_are_used_twice_are_kept_apart():
+def test_no_text_is_used_for_two_purposes():
     """Reviews of the SFT set give no prompts, and evaluation prompts no preferences."""
     sizes = data.Sizes(prompts=1000, eval_prompts=40, context=24)
     parts = REVIEWS[:100], REVIEWS[50:200], REVIEWS[50:60] + REVIEWS[150:]

@@ -225,7 +225,7 @@ def test_batches_smaller_than_the_number_of_processes_are_refused(monkeypatch):
         next(distributed.train_sharded(None, None, None, None, batches, LR, (None, None)))
 
 
-def test_killed_run_continues_with_another_number_of_processes(folder, tmp_path):
+def test_killed_run_continues_with_a_different_number_of_processes(folder, tmp_path):
     """2 processes, one is killed in DPO, then 3  =>  one line, then the policy of one process"""
     module = "-m", "beyond.distributed", "--out", tmp_path, "--checkpoint-every", "1", *TINY
     with socket.socket() as s:

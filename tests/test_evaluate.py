@@ -105,7 +105,7 @@ def test_evaluation_during_training_is_what_plain_arithmetic_gives(toy, other, t
         "p_positive": r.sigmoid().mean(),
     }
     for name in ("loss", "margin", "pair_accuracy", "pairs", "pair_prompts", "r_hat_w", "r_hat_l"):
-        expected[f"held_out_{name}"] = result["point"][name]  # of fewer than 128 rows, so of all
+        expected[f"held_out_{name}"] = result["point"][name]  # all, as they are < 128
     texts = found.pop("samples")
     assert texts == [f"r* {r[i]:+.2f} | {samples[i]}" for i in range(2)]
     printed = capsys.readouterr().out

@@ -87,7 +87,7 @@ TOKENIZER = SimpleNamespace(eot_token=V - 1, decode=str)
 
 
 def test_log_probabilities_from_sampling_equal_those_of_rescoring():
-    """Also where rows of other prompt lengths share the batch. pitfalls 9, 11, 18"""
+    """Even where rows with other prompt lengths share the batch. pitfalls 9, 11, 18"""
     pi, end = gpt(dtype=torch.float32), TOKENIZER.eot_token
     prompts = [[1, 2, 3, 4], [5], [6, 7]] * 100
     (ids, mask, logps), texts = generate(pi, prompts, 4, TOKENIZER, 0, "samples")  # 2 batches

@@ -61,7 +61,7 @@ def test_every_model_has_completions_with_their_reward_and_log_ratio(name, run, 
 
 def test_policies_left_over_from_an_earlier_pi_ref_are_skipped(toy, run, tmp_path):
     """A newer reference.pt => no policies; then a newer results.json => those that it names. A
-    file with another name is no policy."""
+    file with any other name is not a policy."""
     folder = shutil.copytree(toy.folder, tmp_path / "run")
     shutil.copy2(folder / "dpo-2.pt", folder / "ipo-2.pt")
     shutil.copy(folder / "dpo-2.pt", folder / "dpo-2024-05-01.pt")

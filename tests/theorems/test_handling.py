@@ -53,7 +53,7 @@ def test_reference_is_frozen(make_reference):
     assert all(p.requires_grad for p in pi.parameters())
 
 
-@mistake("log pi_ref is not that of training", 18, "use one function, mask and dtype for both")
+@mistake("log pi_ref is not computed as in training", 18, "use the same function, mask and dtype")
 @given(seed=seeds)
 def test_reference_log_probabilities_are_those_of_the_model(reference_logps, seed):
     """log pi_ref(y|x) computed beforehand is the chain rule's.  pitfall 18"""
@@ -95,7 +95,7 @@ def test_mask_covers_an_end_token_that_equals_the_padding(collate, x, y):
     assert found[-1:] == [eos], f"the mask holds {found}, the response is {y}"
 
 
-@mistake("the mask is not the response", 2, "it is True exactly on the response's tokens in ids")
+@mistake("the mask does not match the response", 2, "make it True exactly on the response's tokens")
 @given(xs=st.lists(token_lists, min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_mask_covers_exactly_the_responses(collate, xs, seed):
     """Rows of unequal lengths  =>  ids under the mask are the responses, and ids before it the
@@ -137,7 +137,7 @@ def test_prompt_and_response_are_encoded_separately(tokenize, x, y):
     assert list(y_ids) == encode(y), "the response's ids depend on the prompt"
 
 
-@mistake("text is stripped before it is encoded", 9, "keep the text, or better the sampled ids")
+@mistake("text is stripped before it is encoded", 9, "keep the text or, better, the sampled ids")
 @given(x=st.text("ab ", min_size=1, max_size=6), y=st.text("ab ", min_size=1, max_size=6))
 def test_whitespace_is_kept(tokenize, x, y):
     """Leading and trailing blanks  =>  they are encoded too.  pitfall 9"""
@@ -157,7 +157,7 @@ def test_fine_tuning_ignores_padding(sft_loss):
         assert_same(sft_loss(pi, *rows([0], [[1, END]], 8, pad)), loss)
 
 
-@mistake("per sequence, or a wrong shift or mask", 21, "sum over y's tokens / their number")
+@mistake("a mean per sequence, or a wrong mask", 21, "-(logps * mask).sum() / mask.sum()")
 @given(seed=seeds)
 def test_fine_tuning_loss_is_a_mean_over_tokens(sft_loss, seed):
     """Responses of unequal lengths  =>  the loss is the mean nats per response token.

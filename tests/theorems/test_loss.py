@@ -1,4 +1,8 @@
-"""Eq. 7 and its gradient, as functions of the four log-probabilities of a pair."""
+"""Eq. 7 and its gradient, as functions of the four log-probabilities of a pair.
+
+h is the difference between the log-ratios log pi_theta / pi_ref of y_w and y_l, z = beta h, and s
+the logistic function.
+"""
 
 import torch
 from hypothesis import given
@@ -88,7 +92,7 @@ def test_loss_of_a_pair_ignores_the_other_pairs(dpo_loss, p):
     assert_same(together, torch.cat(alone))
 
 
-@mistake("not -log sigmoid, or an extra term or epsilon", 13, "-logsigmoid(beta * h), no more")
+@mistake("not -log sigmoid, or an extra term or epsilon", 13, "-logsigmoid(beta * h), nothing else")
 @given(p=pairs)
 def test_loss_is_ln_2_where_policy_and_reference_agree(dpo_loss, p):
     """pi_theta = pi_ref  =>  L_DPO = ln 2 for every beta.  Eq. 7; pitfall 13"""
@@ -128,7 +132,7 @@ def test_wrongly_ranked_pair_has_the_larger_gradient(dpo_loss, h, beta):
 
 @mistake("label smoothing (conservative DPO)", None, "plain DPO tends to 0 as the margin grows")
 @given(z=st.integers(30, 60), beta=betas)
-def test_loss_of_a_sure_pair_tends_to_zero(dpo_loss, z, beta):
+def test_loss_of_a_confidently_ranked_pair_tends_to_zero(dpo_loss, z, beta):
     """z >> 0  =>  L_DPO <= exp(-z).  Eq. 7"""
     assert_at_most(at_margin(dpo_loss, z / beta, beta), 2.0**-30)
 
@@ -181,7 +185,7 @@ def test_gradient_is_weighted_by_the_error_of_the_implicit_reward(dpo_loss, p):
     assert_same(slopes(dpo_loss, p)[:2], torch.stack((-expected, expected)))
 
 
-@mistake("the gradient does not reach the parameters", 31, "pass log pi_theta through unchanged")
+@mistake("the gradient does not reach the parameters", 13, "pass log pi_theta through unchanged")
 @given(w=worlds)
 def test_gradient_of_a_softmax_policy_is_that_of_the_paper(dpo_loss, w):
     """pi = softmax(logits)  =>  grad L = -beta s(r_hat_l - r_hat_w) (grad log pi(y_w) - grad log

@@ -373,8 +373,8 @@ def test_sampled_rows_estimate_the_kl_and_mismatched_rows_do_not():
 
 @given(beta=betas, p=parts, c=shifts)
 def test_hard_sppo_fixes_both_log_ratios(beta, p, c):
-    """y_w wins with probability p  =>  SPPO-hard is smallest at A = (2p - 1) / (2 beta) = -B, 0 if
-    p = 1; adding c to both, which leaves the margin unchanged, costs 2 c^2"""
+    """y_w wins with probability p  =>  SPPO-hard is smallest at A = (2p - 1) / (2 beta) = -B, where
+    it is 2 p (1 - p) / beta^2; adding c to both, which leaves the margin unchanged, costs 2 c^2"""
     loss, A = partial(losses.sppo_hard, beta=beta), (2 * p - 1) / (2 * beta)
     assert_same(slope(loss, A, -A, **both_orders(p)), [0.0, 0.0])
     least, moved = (mean_loss(loss, *rows_at(A + d, -A + d, **both_orders(p))) for d in (0.0, c))
@@ -463,7 +463,7 @@ def test_ld_dpo_is_dpo_where_nothing_is_discounted(seed, beta, alpha):
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "robust", "dpop", "ld_dpo"])
 @given(seed=seeds, values=parameters)
 def test_losses_on_the_margin_start_at_ln_2(name, seed, values):
-    """pi_theta = pi_ref => the loss is ln 2, also for LD-DPO, which discounts both. pitfall 13"""
+    """pi_theta = pi_ref  =>  the loss is ln 2, even if LD-DPO discounts tokens.  pitfall 13"""
     _, batch = token_batch(seed)
     found, _, _ = loss_of(name, values)(batch.ref_logps, batch)
     assert_same(found, torch.full_like(found, LN_2))

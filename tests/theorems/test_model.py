@@ -54,7 +54,7 @@ def test_end_token_is_last_if_there_is_one(sample):
 
 @mistake("an end token is forced onto cut responses", 11, "leave them without an end token")
 def test_response_without_end_token_fills_the_context(sample):
-    """A response has no end token  <=>  it reached the context, which happens.  pitfall 11"""
+    """A response has no end token  =>  it fills the context; such responses occur.  pitfall 11"""
     ys = drawn(sample, gpt(0), [[0]] * 500)
     cut = [y for y in ys if y[-1] != END]
     assert cut, "every response ends with the end token, though some must fill the context"

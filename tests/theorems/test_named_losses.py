@@ -1,7 +1,8 @@
 """Other losses as plain functions of log-probabilities, each with what characterises it.
 
 tests/theorems/test_losses.py has the theorems about beyond/losses.py. Those here are for
-implementations that offer a loss by name.
+implementations that offer a loss by name. A and B are the log-ratios log pi_theta / pi_ref of y_w
+and y_l, h = A - B, z = beta h, s is the logistic function, and e is epsilon.
 """
 
 import math
@@ -43,7 +44,7 @@ def test_ipo_is_the_square_of_the_distance_to_its_target(ipo_loss, h, tau):
     assert_same(ipo_loss(*at(h), tau), [(h - 1 / (2 * tau)) ** 2])
 
 
-@mistake("the other term is not weighted by 1 - epsilon", None, "-(1-e) log s(z) - e log s(-z)")
+@mistake("the first term is not weighted by 1 - epsilon", None, "-(1-e) log s(z) - e log s(-z)")
 @given(epsilon=noises, beta=betas)
 def test_conservative_loss_is_least_at_the_logit_of_its_confidence(cdpo_loss, epsilon, beta):
     """cDPO  =>  stationary at h = logit(1 - epsilon) / beta"""
@@ -96,7 +97,7 @@ def test_dpo_positive_is_dpo_iff_the_chosen_response_has_not_fallen(dpop_loss, p
 
 @mistake("wrong sign of the length penalty", None, "-log s(z + alpha (|y_w| - |y_l|))")
 @given(h=margins, beta=betas, alpha=small, w=st.integers(1, 9), l=st.integers(1, 9))
-def test_length_penalty_enters_with_the_sign_of_the_optimum(r_dpo_loss, h, beta, alpha, w, l):
+def test_length_difference_is_added_to_the_margin(r_dpo_loss, h, beta, alpha, w, l):
     """R-DPO = -log s(z + alpha (|y_w| - |y_l|)), whose optimum is tilt(r - alpha length)"""
     found = r_dpo_loss(*at(h), number([w]), number([l]), beta, alpha)
     assert_same(found, [nats(beta * h + alpha * (w - l))])

@@ -216,7 +216,7 @@ def test_every_policy_is_optimal_for_its_own_implicit_reward(optimal_policy, w):
     assert_same(optimal_policy(w.ref_logp, r_hat, w.beta), w.logp)
 
 
-@mistake("the implicit reward has another partition function", None, "logsumexp(ref_logp + r/beta)")
+@mistake("the implicit reward's log Z is not 0", None, "logsumexp(ref_logp + r / beta)")
 @given(w=worlds)
 def test_implicit_reward_has_partition_function_one(log_partition, w):
     """r_hat = beta log pi / pi_ref  =>  sum_y pi_ref(y) exp(r_hat(y) / beta) = 1.  Eq. 9"""

@@ -132,7 +132,7 @@ def exact_gradient(pi, pi_ref, x, r, beta):
 
 
 def estimated_gradient(pi, pi_ref, values, x, r, beta, lam):
-    """The mean over every response, by its probability, of the gradient of its surrogate."""
+    """The mean over all responses, weighted by probability, of the gradient of the surrogate."""
     mask, logps, rewards = listed(pi, pi_ref, x, r, beta)
     old_logps = logps.detach()
     each = ppo.surrogate(logps, old_logps, ppo.gae(rewards, values, mask, lam), 0.2)
@@ -186,7 +186,7 @@ def test_policy_gradient_is_unbiased_at_every_lam_if_the_critic_is_exact(lam):
 @given(seed=seeds)
 def test_surrogate_is_clipped_from_above_and_its_gradient_stops_there(seed):
     """min(rho A, clip(rho) A) <= rho A, summed over tokens; the gradient in log rho is 0 where rho
-    is beyond the clip on A's side, and rho A elsewhere: the policy gradient's at pi_old"""
+    is beyond the clip on A's side, and rho A elsewhere, which at pi_old is the policy gradient"""
     log_rho = uniform((10, 4), -1.0, 1.0, seed).requires_grad_()
     A = uniform((10, 4), -1.0, 1.0, seed + 1)
     found = ppo.surrogate(log_rho, torch.zeros(10, 4), A, 0.2)

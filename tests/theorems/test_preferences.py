@@ -149,7 +149,7 @@ def test_ranking_loss_of_two_is_the_pair_loss(plackett_luce, dpo_loss, w):
     assert_same(-plackett_luce(r_hat), loss[0])
 
 
-@mistake("the ranking loss has another optimum", None, "see Eq. 20")
+@mistake("the ranking loss has a different optimum", None, "see Eq. 20")
 @given(w=optimiser_worlds, seed=seeds)
 def test_population_ranking_loss_is_least_at_the_optimal_policy(plackett_luce, w, seed):
     """Rankings from Plackett-Luce with r => -E log p at beta log pi / pi_ref is stationary at pi_r

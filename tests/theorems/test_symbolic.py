@@ -1,7 +1,7 @@
 """Derivations as algebra, and identities in exact rationals.
 
 Sympy derives Eq. 4 to 7, 21 and 22 on a generic set of three responses. The results are compared
-with dpo.py, so that an error in either side shows.
+with dpo.py, so an error on either side shows.
 """
 
 import math

@@ -123,7 +123,7 @@ def sigmoid_without_log(w, l, ref_w, ref_l, beta):
     return -torch.sigmoid(beta * margin(w, l, ref_w, ref_l))
 
 
-@wrong("dpo_loss", None, "loss_of_a_sure_pair_tends_to_zero")
+@wrong("dpo_loss", None, "loss_of_a_confidently_ranked_pair_tends_to_zero")
 def label_smoothing_left_on(w, l, ref_w, ref_l, beta, smoothing=0.1):
     z = beta * margin(w, l, ref_w, ref_l)
     return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
