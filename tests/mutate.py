@@ -1,4 +1,4 @@
-"""Mutation testing of dpo.py: every small edit must make a theorem fail.
+"""Mutation testing of dpo.py: nearly every small edit must make a theorem fail.
 
     python tests/mutate.py               all mutants, a few minutes
     python tests/mutate.py frontier      those of one function

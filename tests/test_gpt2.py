@@ -242,7 +242,7 @@ def test_a_failed_download_gives_one_line_and_can_be_repeated(
     failure, then, says, hub, tmp_path, capsys
 ):
     """A failure => no model. After a dropped connection, the second call asks for the last byte
-    that arrived and the rest, and reads everything if the server has no ranges."""
+    that arrived and the rest, and reads everything if the server cannot send ranges."""
     hub.failure = failure
     assert run("gpt2", "--out", tmp_path / "a.pt") == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -112,9 +112,9 @@ def test_without_a_prompt_it_asks_for_prompts(toy, run, monkeypatch):
     assert printed.count("pi_ref") == 2 and printed.count("the prompt is empty") == 1
 
 
-def test_show_prints_a_pair_with_the_masked_tokens_in_brackets(toy, own, run):
-    """Text outside brackets is the prompt; inside is the response, with its end token; rewards are
-    r*'s."""
+def test_show_prints_a_pair_with_the_response_tokens_in_brackets(toy, own, run):
+    """Text outside brackets is the prompt; inside is the response, with its end token; the rewards
+    shown are r*."""
     preferences = toy.returned["preferences"]
     tokenizer = load_tokenizer(toy.calls["dataset"][1][-1])
     code, printed, _ = run(toy.folder, "--show", "--seed", 3)
@@ -160,8 +160,8 @@ def test_unusable_input_gives_one_line(argv, says, toy, run, tmp_path, monkeypat
     assert error.startswith("beyond.sample: ") and says in error
 
 
-def test_held_out_pairs_are_shown_from_the_largest_to_the_smallest_margin(own, run):
-    """--pairs --n 2 => the margins of the policy's first pairs and last pairs, from its logps."""
+def test_held_out_pairs_with_the_largest_and_smallest_margins_are_shown(own, run):
+    """--pairs --n 2 => the two largest margins under the policy, then the two smallest."""
     code, printed, _ = run(own.folder, "--pairs", "--n", "2")
     assert code == 0
     beta, pairs = own.cfg.beta[0], own.returned["eval_set"].pairs

@@ -1,6 +1,6 @@
 """Points the theorems at dpo.py: an argument named like an offered function receives that function.
 
-`offer.py` has the few functions that dpo.py and model.py offer in another form.
+`offer.py` has the functions that this project offers, some of them in another form than dpo.py.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def pytest_generate_tests(metafunc):
         if name in OFFERED:
             metafunc.parametrize(name, [OFFERED[name]], ids=[name])
         elif name in conformance.OFFERS:
-            reason = "not offered by this project; test_conformance.py runs it elsewhere"
+            reason = "not offered by this project; test_conformance.py runs this on other code"
             metafunc.parametrize(name, [pytest.param(None, marks=pytest.mark.skip(reason))])
 
 

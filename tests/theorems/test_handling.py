@@ -180,13 +180,15 @@ def changed(pi, t: int) -> torch.Tensor:
 
 @mistake("the model sees later tokens: no causal mask", 4, "mask attention to later positions")
 def test_later_tokens_are_invisible(make_model):
-    """Token t changes  =>  logits before t stay.  pitfall 4"""
+    """Token t changes  =>  logits before t do not change.  pitfall 4"""
     pi = make_model(V, 6).eval()
     for t in range(5):
         assert (changed(pi, t)[:t] < 1e-5).all(), f"token {t} reaches earlier positions"
 
 
-@mistake("earlier tokens of the response are hidden", 4, "an attention mask hides padding only")
+@mistake(
+    "earlier response tokens are hidden", 4, "the attention mask must hide padding only"
+)
 def test_earlier_tokens_are_visible(make_model):
     """Token t changes  =>  all logits from t on move.  pitfall 4"""
     torch.manual_seed(0)

@@ -78,7 +78,7 @@ def token_weights(response_logps, ids: Tensor, mask: Tensor) -> Tensor:
 
 def shown(weights: Tensor, mask: Tensor) -> str:
     weights = [[round(v, 3) + 0.0 for v in row] for row in weights.tolist()]
-    return f"tokens count {weights}, but the response is {mask.int().tolist()}"
+    return f"the tokens have weights {weights}, but the mask is {mask.int().tolist()}"
 
 
 # ------------------------------------------------- log pi(y|x), in the order of diagnosis
@@ -309,7 +309,7 @@ def test_kl_estimate_ignores_padding_and_prompt(sequence_kl, seed):
 @mistake("KL per token instead of per response", 25, "do not divide by the length")
 @given(seed=seeds, n=st.integers(2, 4))
 def test_kl_estimate_of_a_response_is_a_sum_over_its_tokens(sequence_kl, seed, n):
-    """n equal tokens after an equal token  =>  n times the estimate of one.  pitfall 25"""
+    """y repeats the last token of x n times  =>  n times the estimate of one.  pitfall 25"""
     pi_theta, pi_ref = bigram(seed), bigram(seed + 1)
     one, many = (
         torch.stack(sequence_kl(pi_theta, pi_ref, *rows([1], [[1] * k], 6))) for k in (1, n)

@@ -1,4 +1,8 @@
-"""The losses of beyond/losses.py: what characterises each, and each restated from scratch."""
+"""The losses of beyond/losses.py: what characterises each, and each restated from scratch.
+
+A and B are the log-ratios log pi_theta / pi_ref of y_w and y_l, h = A - B, z = beta h, and s is the
+logistic function.
+"""
 
 import copy
 import inspect

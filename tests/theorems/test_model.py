@@ -1,4 +1,4 @@
-"""model.py: the GPT, whose function test_gpt2.py checks, and sampling from an enumerable one."""
+"""model.py: the GPT (test_gpt2.py checks what it computes), and sampling from a tiny one."""
 
 import dataclasses
 
@@ -102,7 +102,7 @@ def test_temperature_flattens_the_next_token():
 
 
 @pytest.mark.parametrize("x", [[], [0] * CONTEXT, [0] * (CONTEXT + 3)])
-def test_prompt_that_leaves_no_response_is_refused(x):
+def test_prompt_that_is_empty_or_leaves_no_room_is_refused(x):
     """len(x) = 0 or the whole context  =>  ValueError, whatever the other prompts.  pitfall 20"""
     with pytest.raises(ValueError, match=f"1 to {CONTEXT - 1} tokens"):
         model.sample(gpt(0), [[0], x], END)

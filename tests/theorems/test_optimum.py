@@ -131,7 +131,7 @@ def test_objective_is_stationary_at_the_optimal_policy(optimal_policy, w):
     assert_same(jacobian(lambda x: objective(x.log_softmax(-1), w), best), 0 * best)
 
 
-def test_close_rivals_are_worse_by_more_than_the_tolerance():
+def test_wrong_optimum_loses_to_a_rival_by_more_than_the_tolerance():
     """A wrong optimum at 2 beta loses to a perturbed optimum in nearly every mild world:
     `test_optimal_policy_beats_every_rival` can fail.  pitfall 32"""
     noticed = 0
@@ -373,8 +373,8 @@ def test_beta_of_dpo_is_beta_of_the_optimum_for_sampled_labels_only(w):
 @given(w=worlds, N=st.integers(2, 20))
 def test_best_of_n_lies_below_the_optimum(w, N):
     """Best of N draws has the law g_j = F_j^N - F_{j-1}^N, rewards ascending  =>  KL < log N -
-    (N - 1) / N on a finite set, and E_g r <= beta KL + beta log Z at every beta, which is the
-    optimum's reward where KL is the optimum's.  Eq. 4"""
+    (N - 1) / N on a finite set, and E_g r <= beta KL + beta log Z at every beta; at the beta whose
+    optimum has this KL, the right side is the optimum's reward.  Eq. 4"""
     order = w.r.argsort()
     ref_logp, r = w.ref_logp[order], w.r[order]
     F = torch.cat((number([0.0]), ref_logp.exp().cumsum(-1)))

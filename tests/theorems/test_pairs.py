@@ -195,8 +195,8 @@ def marginal(ref_logp, r, beta, N, K):
 
 def test_rso_lies_between_the_reference_and_the_optimal_policy():
     """A world of three responses, all draws of N samples and all sweeps enumerated  =>  the mean
-    reward of K accepted from N is between those of pi_ref and the tilt, K = N is pi_ref, and it
-    rises with N"""
+    reward of K accepted from N is between those of pi_ref and the tilt, and rises with N;
+    if K = N, the law is pi_ref's"""
     ref_logp, r, beta = policy(3, 0, 1.0), number([0, 1, 2]), 0.5
     at_ref, best = mean(ref_logp, r), mean(tilt(ref_logp, r, beta), r)
     of_3, of_4 = ((marginal(ref_logp, r, beta, N, 2) * r).sum() for N in (3, 4))

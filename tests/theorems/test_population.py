@@ -59,7 +59,7 @@ def fit(batch, beta: float, start) -> torch.Tensor:
 @given(w=optimiser_worlds, seed=seeds)
 def test_population_loss_is_label_entropy_plus_a_divergence(dpo_loss, w, seed):
     """Bradley-Terry labels from r, any pairs  =>  loss - label entropy = E KL(Bern(p*),
-    Bern(s(z))).  The population theorem, Eq. 7"""
+    Bern(s(z))), z = r_hat_i - r_hat_j, s logistic.  The population theorem, Eq. 7"""
     batch = population(w.ref_logp, w.r, connected(len(w.r), seed))
     r_hat = w.beta * (w.logp - w.ref_logp)
     i, j = batch.pairs.T
@@ -126,7 +126,7 @@ def test_response_in_no_pair_takes_any_mass_at_no_loss(w, c):
 
 
 @given(w=worlds)
-def test_response_without_reference_probability_stays_without(w):
+def test_response_with_zero_reference_probability_keeps_probability_zero(w):
     """Fails without support: pi_ref(y) = 0  =>  pi_r(y) = 0, whatever its reward.  Eq. 4"""
     ref_logp = torch.cat((w.ref_logp, number([-math.inf])))
     best, _ = dpo.optimal_policy(ref_logp, torch.cat((w.r, number([1000.0]))), w.beta)
@@ -186,8 +186,8 @@ def reward_fit(features: torch.Tensor, drawn) -> torch.Tensor:
 
 
 def test_two_stages_win_where_the_policy_class_is_misspecified():
-    """Any reward, one-parameter policies => Eq. 2 and then Eq. 3 find the best policy of the class,
-    and DPO does not. Eq. 2, 3 and 7"""
+    """A tabular reward, one-parameter policies => Eq. 2 and then Eq. 3 find the best policy of the
+    class, and DPO does not. Eq. 2, 3 and 7"""
     two_stages = best_in_class(reward_fit(torch.eye(3).double(), MOSTLY_FIRST_TWO))
     assert_same(two_stages, best_in_class(CLASS_WORLD.r), 1e-6)
     best, found = in_class(two_stages), in_class(dpo_in_class(MOSTLY_FIRST_TWO))
@@ -195,8 +195,8 @@ def test_two_stages_win_where_the_policy_class_is_misspecified():
 
 
 def test_dpo_wins_where_the_reward_class_is_misspecified():
-    """One-parameter rewards, any policy  =>  DPO finds the optimum, and Eq. 2 with Eq. 3 does not.
-    Eq. 2, 3 and 7"""
+    """A one-parameter reward, tabular policies => DPO finds the optimum, and Eq. 2 with Eq. 3 does
+    not. Eq. 2, 3 and 7"""
     w = CLASS_WORLD
     two_stages = tilt(UNIFORM, reward_fit(PHI[:, None], MOSTLY_FIRST_TWO), w.beta)
     one_stage = fit(population(UNIFORM, w.r, MOSTLY_FIRST_TWO), w.beta, UNIFORM)
@@ -251,7 +251,7 @@ def test_flipped_labels_are_not_bradley_terry_labels(epsilon, beta):
 
 
 @given(rho=st.integers(-9, 9).map(lambda k: k / 10), beta=st.integers(5, 40).map(lambda k: k / 10))
-def test_gaussian_rewards_gain_the_correlation_of_the_estimate(rho, beta):
+def test_tilting_by_a_gaussian_estimate_gains_its_correlation_times_the_optimal_gain(rho, beta):
     """r and its estimate jointly Gaussian under pi_ref with correlation rho => tilting by the
     estimate gains rho times the optimal gain at equal KL. Eq. 4. The Gaussian is a quadrature rule,
     whose error is below rounding"""

@@ -296,7 +296,7 @@ BETA = 0.5
 
 
 def rollout(critic, config, generator):
-    """1024 samples of pi_theta = gpt(3), which are more than a chunk, with pi_ref = gpt(0)."""
+    """1024 samples of pi_theta = gpt(3), more than `in_chunks` runs at once; pi_ref = gpt(0)."""
     args = PROMPTS * 512, true_reward, END, BETA, config, generator
     return ppo.rollout(gpt(3), gpt(0), critic, *args)
 
@@ -323,7 +323,8 @@ def test_rollout_contains_the_estimates_of_its_samples():
 
 @given(kl_ratio=st.integers(0, 40).map(lambda k: k / 10))
 def test_controller_raises_beta_iff_the_kl_exceeds_its_target(kl_ratio):
-    """beta rises iff KL > target, by at most a fifth of the gain.  1909.08593, section 2.2"""
+    """beta rises iff KL > target, by a share of at most 0.2 times the controller's gain, and falls
+    likewise.  1909.08593, section 2.2"""
     config = ppo.PPOConfig(target_kl=2.0)
     beta = ppo.adapted_beta(0.5, 2.0 * kl_ratio, config)
     assert (beta > 0.5) == (kl_ratio > 1) and (beta < 0.5) == (kl_ratio < 1)
@@ -341,7 +342,7 @@ def test_initial_beta_is_that_of_a_normal_reward(target):
 
 def test_value_model_approaches_the_exact_values():
     """Updates of the critic alone, lam = 1  =>  V approaches E[rewards to come | x, y_<t]: its mean
-    squared error falls to a fifth of that of V = 0, and pi_theta stays pi_ref"""
+    squared error falls to a fifth of that of V = 0, and pi_theta does not change"""
     pi_theta, critic, config = gpt(3), ppo.ValueModel(gpt(0)), ppo.PPOConfig(lam=1.0)
     optimizers = ppo.adamw(pi_theta, 1.0), ppo.adamw(critic, 3e-3)
     generator = torch.Generator().manual_seed(0)

@@ -99,9 +99,9 @@ def test_step_moves_the_parameters(training_step, seed):
     assert moved_by(training_step, batch, seed).norm() > 0, "the parameters did not change"
 
 
-@mistake("the step goes up", 31, "minimise -logsigmoid(r_hat_w - r_hat_l)")
+@mistake("the step raises the loss", 31, "minimise -logsigmoid(r_hat_w - r_hat_l)")
 @given(seed=seeds)
-def test_step_goes_down(training_step, seed):
+def test_step_lowers_the_loss(training_step, seed):
     """A step on one pair of equal lengths  =>  it is along the gradient of log pi(y_w) - log
     pi(y_l).  Section 4's gradient; pitfall 31"""
     batch = pair_batch(seed, n=1, length=2)
@@ -308,7 +308,7 @@ def test_a_step_sees_the_pairs_of_its_prompts_alone():
 
 def test_training_moves_a_batch_to_the_policys_device():
     """pi_theta and the preferences on different devices  =>  the loss sees each of the batch's
-    tensors on that device, under its own name"""
+    tensors on pi_theta's device, under its own name"""
     batch, pi, seen = preferences(triplets(0), bigram(1)), bigram(0).to("meta"), []
 
     def loss(logps, moved):

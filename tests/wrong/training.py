@@ -45,7 +45,7 @@ def gradient_zeroed_after_backward(model, reference, ids_w, mask_w, ids_l, mask_
     optimizer.step()
 
 
-@wrong("training_step", 31, "step_goes_down")
+@wrong("training_step", 31, "step_lowers_the_loss")
 def chosen_and_rejected_exchanged(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer):
     descend(loss_of(model, reference, ids_l, mask_l, ids_w, mask_w, beta).mean(), optimizer)
 
