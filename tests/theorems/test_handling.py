@@ -186,9 +186,7 @@ def test_later_tokens_are_invisible(make_model):
         assert (changed(pi, t)[:t] < 1e-5).all(), f"token {t} reaches earlier positions"
 
 
-@mistake(
-    "earlier response tokens are hidden", 4, "the attention mask must hide padding only"
-)
+@mistake("earlier response tokens are hidden", 4, "the attention mask must hide padding only")
 def test_earlier_tokens_are_visible(make_model):
     """Token t changes  =>  all logits from t on move.  pitfall 4"""
     torch.manual_seed(0)
