@@ -232,7 +232,8 @@ def test_figures_show_what_is_known(toy, own):
 
 
 def test_wilson_interval_has_known_values():
-    """9 of 10, 1 of 10 and 5 of 5. It is symmetric, and contains the proportion."""
+    """9 of 10, 1 of 10 and 5 of 5. The intervals for p and 1 - p mirror each other; each contains
+    its proportion."""
     assert wilson_interval(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
     assert wilson_interval(0.1, 10) == pytest.approx((0.018, 0.404), abs=1e-3)
     assert wilson_interval(1.0, 5) == pytest.approx((0.566, 1), abs=1e-3)
