@@ -296,7 +296,7 @@ def main(argv) -> int:
     def work():
         table = run(cfg, Stage(args.out), args.device)
         see = f"see {args.out / 'figure.png'}; next: python -m beyond.sample {args.out}"
-        return f"{table}\n{see} (or another --loss or --beta)"
+        return f"{table}\n{see} (or train.py with another --loss or --beta)"
 
     return cli.run_cli("train.py", args.out, args.debug, work)
 
