@@ -8,8 +8,8 @@ presence of one to three neighbouring tokens of pi_ref's BPE, reweighted by logi
 the log-count ratios (NB-SVM, Wang and Manning 2012). It is trained on whole reviews and on their
 first 40 tokens, and tested on test reviews.
 
-The table has, for pi_ref and each policy, r* and the judge's logit in nats, and
-P(positive) and the win rate over pi_ref according to each of the two. It is also written to out/judge.json.
+The table has, for pi_ref and each policy, r* and the judge's logit in nats, and P(positive) and the
+win rate over pi_ref according to each of the two. It is also written to out/judge.json.
 """
 
 import argparse

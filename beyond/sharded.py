@@ -41,7 +41,7 @@ def shard(
     how = {"mesh": mesh if G > 1 else mesh["shard"]}
     pi = load_gpt(checkpoint, torch.device("cpu"))  # fully_shard moves the shards to the device
     pi.bf16 = optim.bf16_supported(device) and pi.config.n_embd >= 128  # as in load_gpt
-    # If the cache were float32, this mixed precision would make FSDP write to a bfloat16 copy of it.
+    # If the cache were float32, mixed precision would make FSDP write to a bfloat16 copy of it.
     if pi.bf16 and device.type == "cuda":
         how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for i, block in enumerate(pi.h):
