@@ -51,7 +51,7 @@ class Dataset:
     sft_texts: TokenLists  # for supervised fine-tuning
     prompts: TokenLists  # to collect preferences on
     reward: Reward | None = None  # r*
-    pairs: Preferences | None = None  # in place of prompts and r*; without log pi_ref
+    pairs: Preferences | None = None  # in place of prompts and r*; ref_logps still 0
     eval_pairs: Preferences | None = None
 
 
@@ -128,7 +128,10 @@ def toy_reviews(n: int, seed: int) -> list[str]:
 
 
 def toy_tokens() -> list[bytes]:
-    """The 256 bytes, and each word of the grammar with and without a space before it."""
+    """The 256 bytes, and each word of the grammar with and without a space before it.
+
+    BPE encodes a word that is itself a token as that token, so no merges are needed.
+    """
     words = sorted(set(re.findall("[a-z]+", RULES)))
     tokens = [bytes([b]) for b in range(256)]
     tokens += [f"{space}{word}".encode() for word in words for space in ("", " ")]
@@ -138,7 +141,7 @@ def toy_tokens() -> list[bytes]:
 def load_toy(sizes: Sizes, seed: int, tokens: list[bytes]) -> Dataset:
     """Reviews from the grammar: some for pi_ref, some for prompts, and the rest for evaluation."""
     n = sizes.reviews
-    m = n + 2 * sizes.prompts
+    m = n + 2 * sizes.prompts  # a surplus, because duplicates are dropped
     texts = toy_reviews(m + 4 * sizes.eval_prompts + 500, seed)
     parts = texts[:n], texts[n:m], texts[m:]
     return make_dataset(*parts, WordReward(WEIGHT), sizes, seed, tokens)

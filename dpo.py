@@ -3,10 +3,17 @@
 Rafailov, Sharma, Mitchell, Ermon, Manning, Finn (2023), arXiv 2305.18290. Equation numbers are
 those of version 3.
 
-    J(pi)       = E r(x, y) - beta KL(pi, pi_ref), the objective                (Eq. 3)
-    pi_r(y|x)   = pi_ref(y|x) exp( r(x, y) / beta ) / Z(x), its optimum         (Eq. 4)
-    L_DPO       = -E log sigma( r_hat(x, y_w) - r_hat(x, y_l) )                 (Eq. 7)
-    r_hat(x, y) = beta log( pi_theta(y|x) / pi_ref(y|x) )
+    p*(y_1 > y_2 | x) = sigma( r(x, y_1) - r(x, y_2) ), how labels arise         (Eq. 1)
+    J(pi)       = E r(x, y) - beta KL(pi, pi_ref), the objective; y ~ pi         (Eq. 3)
+    pi_r(y|x)   = pi_ref(y|x) exp( r(x, y) / beta ) / Z(x), its optimum          (Eq. 4)
+    r(x, y)     = beta log( pi_r(y|x) / pi_ref(y|x) ) + beta log Z(x)            (Eq. 5)
+
+Eq. 5 is Eq. 4 solved for r: a policy determines the reward for which it is optimal, up to a term
+that depends on x alone. DPO puts the reward of pi_theta into Eq. 1, where this term cancels, and
+maximises the likelihood of the labels. This needs no reward model, and no samples during training:
+
+    r_hat(x, y) = beta log( pi_theta(y|x) / pi_ref(y|x) ), the implicit reward
+    L_DPO       = -E log sigma( r_hat(x, y_w) - r_hat(x, y_l) )                  (Eq. 7)
 
     symbol      in the paper                           here
     x           prompt                                 the ids before the response
@@ -15,7 +22,8 @@ those of version 3.
     pi_ref      the frozen reference policy            nn.Module of the same kind
     beta        the weight of the KL penalty           a float
     r, r_hat    true reward and implicit reward        tensors, in nats
-    Z           partition function of Eq. 4            log_Z
+    Z           sum_y pi_ref(y|x) exp(r(x, y) / beta)  log_Z
+    sigma       the logistic function                  torch.sigmoid
 
 Four conventions, because public implementations disagree on them:
 
@@ -43,7 +51,8 @@ from torch import Tensor, nn
 def bradley_terry(r_1: Tensor, r_2: Tensor) -> Tensor:
     """p*(y_1 > y_2 | x) = exp(r_1) / (exp(r_1) + exp(r_2)).  Eq. 1.
 
-    r_1, r_2: rewards in nats, of any shapes that broadcast.
+    r_1, r_2: rewards in nats (their difference is the log-odds that y_1 is preferred), of any
+    shapes that broadcast.
     """
     return torch.sigmoid(r_1 - r_2)
 
@@ -78,7 +87,7 @@ def dpo_loss(
     """
     r_hat_w = implicit_reward(logp_w, ref_logp_w, beta)
     r_hat_l = implicit_reward(logp_l, ref_logp_l, beta)
-    losses = -F.logsigmoid(r_hat_w - r_hat_l)  # sigmoid(z) alone underflows for z < -90
+    losses = -F.logsigmoid(r_hat_w - r_hat_l)  # log(sigmoid(z)) is -inf for z < -90
     return losses, r_hat_w, r_hat_l
 
 
@@ -86,10 +95,11 @@ def dpo_loss(
 
 
 def optimal_policy(ref_logp: Tensor, r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x).  Eq. 4, for N responses.
+    """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x).  Eq. 4.
 
-    ref_logp: (..., N) log-probabilities. r: (..., N) rewards in nats. beta broadcasts against r.
-    Returns log pi_r (..., N) and log Z (...).
+    ref_logp, r: (..., N) log-probabilities and rewards, in nats, of *all* responses to x. beta
+    broadcasts against r. Returns log pi_r (..., N) and log Z (...). For small worlds, as in tests;
+    a language model has too many responses, so train.py uses `frontier`.
     """
     tilted = ref_logp + r / beta
     log_Z = tilted.logsumexp(-1)
@@ -99,15 +109,15 @@ def optimal_policy(ref_logp: Tensor, r: Tensor, beta: float | Tensor) -> tuple[T
 def frontier(r: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Estimate reward and KL of the optimum (Eq. 4) from N samples of pi_ref.
 
-    r: (..., N) rewards of the samples in nats. beta broadcasts against it. The samples get weights
-    w_i proportional to exp(r_i / beta), which sum to 1. Returns the mean reward, KL(pi_r, pi_ref)
-    and the effective sample size 1 / sum_i w_i^2, each of shape (...). The estimate is only
-    reliable while the effective sample size is large: its KL cannot exceed log N, and its reward is
-    biased low.
+    r: (..., N) rewards of the samples in nats. beta broadcasts against it. Each sample stands for
+    1/N of pi_ref, and gets a weight w_i proportional to exp(r_i / beta); the weights sum to 1.
+    Returns the mean reward, KL(pi_r, pi_ref) and the effective sample size 1 / sum_i w_i^2, each of
+    shape (...). The estimate is only reliable while the effective sample size is large: its KL
+    cannot exceed log N, and its reward is biased low.
     """
     log_w = (r / beta).log_softmax(-1)
     w = log_w.exp()
-    kl = (w * log_w).sum(-1) + math.log(r.size(-1))
+    kl = (w * log_w).sum(-1) + math.log(r.size(-1))  # sum of w log( w / (1/N) )
     return (w * r).sum(-1), kl, 1 / w.square().sum(-1)
 
 
@@ -165,13 +175,13 @@ class Preferences:
     ref_logps: Tensor  # (R, T) log pi_ref(y_t | x, y_<t), 0 outside the mask
     prompt: Tensor  # (R,) the number of the row's prompt, ascending
     pairs: Tensor  # (n, 2) the rows of y_w and y_l
-    weight: Tensor  # (n,) in the loss: 1, or for instance the probability that y_w wins
+    weight: Tensor  # (n,) in the loss: 1; if both orders of a pair are there, their probabilities
 
     def select(self, prompts: Tensor) -> "Preferences":
         """The preferences of these prompts, with T cut to the longest row."""
-        rows = torch.isin(self.prompt, prompts)
-        kept = rows[self.pairs[:, 0]]
-        new_row = rows.cumsum(0) - 1
+        rows = torch.isin(self.prompt, prompts)  # (R,) bool
+        kept = rows[self.pairs[:, 0]]  # (n,) bool
+        new_row = rows.cumsum(0) - 1  # (R,) old row -> new row
         T = int(self.mask[rows].any(0).nonzero().max()) + 1
         ids, mask, ref_logps = (x[rows, :T] for x in (self.ids, self.mask, self.ref_logps))
         pairs = new_row[self.pairs[kept]]
@@ -195,7 +205,7 @@ def pair_logps(logps: Tensor, batch: Preferences) -> tuple[Tensor, Tensor, Tenso
 
 
 def dpo(logps: Tensor, batch: Preferences, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 7 for each pair of a batch, as a `Loss`."""
+    """Eq. 7 for each pair of a batch: `dpo_loss` as a `Loss`, once beta is given."""
     return dpo_loss(*pair_logps(logps, batch), beta)
 
 
@@ -235,8 +245,8 @@ def train(
     does. normalize: scales the weights of a batch's pairs; by default they sum to 1. On several
     processes, `beyond.distributed` uses the sum over all processes.
 
-    Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall; grad_norm. All are
-    measured before the step.
+    Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall, because the loss only
+    sees their difference; grad_norm. All are measured before the step.
     """
     device = next(pi_theta.parameters()).device
     for prompts in batches:

@@ -167,7 +167,7 @@ def sample(
     new = ids[:, :start]
     response = torch.arange(context, device=pi.device) >= lengths[:, None]  # (B, context)
     for t in range(start, context):
-        h = pi.hidden(new, cache, t - new.size(1))[:, -1]  # (rows, C)
+        h = pi.hidden(new, cache, t - new.size(1))[:, -1]  # (rows, C) at t - 1, which predicts t
         logp = pi.head(h).float().log_softmax(-1)  # (rows, V)
         y = draw((logp / temperature).softmax(-1), generator)  # (rows, 1)
         new = torch.where((t < lengths[rows])[:, None], ids[rows, t, None], y)  # prompt or sample
@@ -181,6 +181,7 @@ def sample(
             rows = rows[going]
             new = new[going]
             cache = cache.index_select(2, going)
+    # Shifted right by one, the count of end tokens is positive after the first.
     after = F.pad((response & (ids == end)).cumsum(1), (1, -1)) > 0
     mask = response & ~after
     return ids.masked_fill(after, end).cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()

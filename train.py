@@ -5,6 +5,9 @@
 
 How much reward does DPO gain for each nat of KL from pi_ref, and how close is that to the best
 that any policy can do? Because r* is known, the optimum can be estimated too.
+
+`stage("name", f, *args)` returns f(*args), and keeps the result in the output folder, so that a
+stopped run can continue. Modules of beyond/ are imported where a setting needs them.
 """
 
 import math
@@ -39,7 +42,7 @@ REWARD = Path(__file__).parent / "lib/imdb_reward.json"  # made by beyond/reward
 class Config:
     """Settings, with the defaults of the toy dataset."""
 
-    # fmt: off
+    # fmt: off; flag(default, help, the smallest value allowed)
     data: str = flag("toy", "toy, imdb, or a file of your own preferences")
     imdb: Path | None = flag(None, "the IMDb archive; downloaded if omitted", type=Path)
     init: str = flag("", "checkpoint to start from (--sft-steps 0 keeps it as it is), or gpt2")
@@ -105,7 +108,7 @@ PRESETS = {  # what differs for the other datasets
 
 def load_dataset(cfg: Config, stage: Stage, tokens) -> data.Dataset:
     """The toy reviews, IMDb's, or preferences from a file. Raises BadInput if they are unusable."""
-    # IMDb's training reviews are only encoded if pi_ref is fine-tuned on them.
+    # IMDb's training reviews are only encoded if pi_ref is fine-tuned on them, for [0] steps.
     reviews = cfg.reviews if cfg.data != "imdb" or sft_settings(cfg, 0)[0] else 0
     sizes = data.Sizes(cfg.prompts, cfg.eval_prompts, cfg.context, reviews)
     with open_user_file(Path(cfg.data), "a dataset"):
@@ -164,7 +167,7 @@ def sft_settings(cfg: Config, n: int) -> tuple[int, int, float]:
 def sft(checkpoint: dict, texts, steps: int, batch_size: int, lr: float, seed: int, device) -> dict:
     """Fine-tune a model on texts: AdamW on the mean cross-entropy per token. Returns pi_ref."""
     pi = load_gpt(checkpoint, device)
-    weights = [p for name, p in pi.named_parameters() if name != "bias"]  # only DPO trains it
+    weights = [p for name, p in pi.named_parameters() if name != "bias"]  # GPT.bias is for DPO
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_warmup_decay(steps))
     epochs = math.ceil(steps * batch_size / max(1, len(texts)))
@@ -187,7 +190,10 @@ def sft(checkpoint: dict, texts, steps: int, batch_size: int, lr: float, seed: i
 
 
 def complete(reference: dict, dataset: data.Dataset, K: int, seed: int, device, infer=LOCAL):
-    """K completions of pi_ref for each prompt: (ids, mask, logps) (P K, T), and rewards (P, K)."""
+    """Sample K completions of pi_ref for each prompt, and rate them.
+
+    Returns (ids, mask, logps) (P K, T) and r* (P, K). infer: how to run models, see lib/inference.
+    """
     how = dataset, seed, "sampling completions", infer
     completions, _, values = measure(infer.load(reference, device), dataset.prompts, K, *how)
     return completions, values["reward"]
@@ -218,7 +224,8 @@ def train_dpo(reference: dict, preferences, loss, how: Training, look, device) -
     """Train pi_theta from pi_ref. Returns its checkpoint, with all steps' metrics as "curves".
 
     After each step, look(pi_theta, pi_ref, loss, curves, steps) may add metrics to the last row of
-    the curves. look may be None.
+    the curves; see beyond/monitor.py. It may be None. Training itself needs pi_ref only through
+    preferences.ref_logps.
     """
     if not len(preferences.pairs):
         raise BadInput("there are no pairs: all completions are equally good or identical")
@@ -278,7 +285,7 @@ def run(cfg: Config, stage: Stage, device) -> str:
     page = import_module("beyond.page")
     runs = {}
     for beta in cfg.beta:
-        lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls
+        lr = cfg.lr * beta**-1.25  # log-ratios grow as beta falls; -1.25 is empirical
         training = Training(cfg.frozen, cfg.optimizer, lr, cfg.epochs, cfg.batch_size, seed)
         name = f"{cfg.loss.split(':')[-1]}-{beta:g}"
         look = monitor(dataset, eval_set, seed, stage.folder / f"curves-{name}.csv")

@@ -17,7 +17,6 @@ import shlex
 import sys
 import textwrap
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +77,9 @@ pre { background: var(--soft); padding: .8rem; white-space: pre-wrap; overflow-w
 .minus { background: rgba(var(--minus), var(--a)); text-decoration: underline dotted }
 """
 TABLE = {  # the column of each metric in results.json
-    "beta": "beta", "kl": "KL", "optimal_kl": "optimal KL", "gain": "gain", "reward": "reward",
-    "optimal_reward": "optimal reward", "p_positive": "P(positive)", "win_rate": "win rate",
-    "length": "length", "pair_accuracy": "accuracy", "reward_slope": "slope", "reward_r2": "R2",
+    "beta": "beta", "kl": "KL", "optimal_kl": "optimal KL", "gain": "gain",
+    "p_positive": "P(positive)", "win_rate": "win rate", "length": "length",
+    "pair_accuracy": "accuracy", "reward_slope": "slope", "reward_r2": "R2",
     "fraction_of_optimal": "fraction",
 }  # fmt: skip
 
@@ -141,10 +140,12 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def title(config: dict) -> str:
-    known = config["data"] in ("toy", "imdb")
-    parts = [Path(config["data"]).name, f"{config['labels']} labels" if known else ""]
+    known = {"toy": "toy dataset", "imdb": "IMDb"}
+    parts = [known.get(config["data"], Path(config["data"]).name)]
+    if config["data"] in known:
+        parts.append({"bt": "Bradley-Terry"}.get(config["labels"], config["labels"]) + " labels")
     parts += [Path(config["loss"]).name if config["loss"] != "dpo" else "", *config["loss_args"]]
-    return ", ".join(filter(None, parts))
+    return ", ".join([*filter(None, parts), f"seed {config['seed']}"])
 
 
 def method(config: dict) -> str:
@@ -235,12 +236,12 @@ def colour_key(reward: Reward | None) -> str:
 def draw_frontier(results: dict) -> Figure:
     """Gain in reward against KL, with the optimum. If r* is unknown: pair accuracy.
 
-    KL has a square-root scale, on which the optimal gain is nearly a straight line at first.
+    A wide range of KL has a square-root scale, on which the optimal gain starts as nearly a line.
     """
     figure = Figure((8, 5), layout="constrained")
     ax, points, known = figure.subplots(), results["points"], bool(results["frontier"])
     name, origin, ylabel = "pair_accuracy", 0.5, "accuracy on held-out pairs"
-    right = 1.3 * max(p["kl"] for p in points)
+    right = max(max(1.3 * p["kl"], 1.15 * (p.get("optimal_kl") or 0)) for p in points)
     if known:
         name, origin, ylabel = "gain", 0, r"gain in true reward over $\pi_{ref}$, nats"
         draw_optimum(ax, results, right)
@@ -253,7 +254,8 @@ def draw_frontier(results: dict) -> Figure:
         bars, label = (y - low, high - y), f"{method(results['config'])}, 95 % intervals"
     ax.errorbar(kl, y, bars, 2 * kl_se, "o", color=ORANGE, label=label)
     for p in points:
-        ax.annotate(rf"  $\beta$ = {p['beta']:g}", (p["kl"], p[name]), va="top")
+        label = rf"$\beta$ = {p['beta']:g}"
+        ax.annotate(label, (p["kl"], p[name]), (7, -7), textcoords="offset points", va="top")
     ax.plot(0, origin, "D", color=BLUE, label=r"$\pi_{ref}$", clip_on=False, zorder=5)
     if results["config"]["data"] == "imdb":
         positive = ax.twinx()
@@ -261,12 +263,14 @@ def draw_frontier(results: dict) -> Figure:
         positive.plot([0, *kl], p_positive, "s", color="0.5", ms=5, mfc="none", clip_on=False)
         positive.set(ylabel="mean P(positive)", ylim=(0, 1))
         ax.plot([], [], "s", color="0.5", ms=5, mfc="none", label="P(positive), right axis")
-    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    ax.set_xlim(0, right)
-    ax.xaxis.set_major_locator(FixedLocator([t for t in TICKS if t == 0 or right / 40 < t < right]))
-    ax.xaxis.set_major_formatter("{x:g}")
-    xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response, square-root scale"
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title(results["config"]))
+    xlabel = r"KL($\pi_\theta$, $\pi_{ref}$), nats per response"
+    if right > 4:
+        xlabel += ", square-root scale"
+        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        ticks = [t for t in TICKS if t == 0 or right / 40 < t < right]
+        ax.xaxis.set_major_locator(FixedLocator(ticks))
+        ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlim=(0, right), xlabel=xlabel, ylabel=ylabel, title=title(results["config"]))
     # "best" does not see the points of the second axis
     ax.legend(loc="lower right" if results["config"]["data"] == "imdb" else "best", framealpha=1)
     return figure
@@ -283,9 +287,11 @@ def draw_optimum(ax, results: dict, right: float):
         ax.axvspan(kl[-1], right, color="0.93", label="optimum cannot be estimated here")
     for p in results["points"]:
         if p["optimal_kl"] is not None:
-            where = p["optimal_kl"], p["optimal_reward"] - base
-            ax.plot(*where, "o", mfc="none", mec=ORANGE, ms=11)
-    ax.plot([], [], "o", mfc="none", mec=ORANGE, ms=11, label=r"optimum at the same $\beta$")
+            x, y = p["optimal_kl"], p["optimal_reward"] - base
+            ax.plot([x, p["kl"]], [y, p["gain"]], color=ORANGE, lw=0.7)
+            ax.plot(x, y, "o", mfc="w", mec=ORANGE, ms=11)
+    how = r"optimum at the same $\beta$, joined to it"
+    ax.plot([], [], "o-", color=ORANGE, mfc="w", lw=0.7, ms=11, label=how)
 
 
 # ------------------------------------------------- training curves, and samples as text
@@ -313,17 +319,19 @@ def draw_curves(curves: dict) -> Figure:
     return figure
 
 
-def samples_text(prompts: list[str], samples: dict[str, dict], width: int = 38) -> str:
-    """What each policy wrote for the same prompts, side by side, with the true reward if known."""
-    rows = [list(samples)]
+def samples_text(prompts: list[str], samples: dict[str, dict], width: int = 96) -> str:
+    """What each policy wrote for the same prompts, with the true reward if known."""
+    lines, names = [], max(map(len, samples))
     for i, prompt in enumerate(prompts):
-        cells = []
-        for sample in samples.values():
-            reward = f"{sample['rewards'][i]:+.2f} " if "rewards" in sample else ""
+        lines += [*textwrap.wrap(f"{prompt} ...", width), ""]
+        for name, sample in samples.items():
+            start = f"{name:{names}}  "
+            start += f"{sample['rewards'][i]:+.2f}  " if "rewards" in sample else ""
             text = sample["texts"][i].removeprefix(prompt).strip()
-            cells.append(textwrap.wrap(reward + text, width))
-        rows += [[], [f"{prompt} ..."], *zip_longest(*cells, fillvalue="")]
-    return "".join(" | ".join(f"{cell:{width}}" for cell in row).rstrip() + "\n" for row in rows)
+            how = {"initial_indent": start, "subsequent_indent": " " * len(start)}
+            lines += textwrap.wrap(text, width, **how) or [start.rstrip()]
+        lines.append("")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------- the page

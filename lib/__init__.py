@@ -1,1 +1,1 @@
-"""Support code that the paper does not discuss."""
+"""How results are measured (evaluate.py), and what supports the experiment."""

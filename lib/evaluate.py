@@ -16,7 +16,7 @@ from data import Dataset, decode_rows, label_pairs, load_tokenizer
 from lib.inference import LOCAL, Inference
 from model import GPT
 
-BETAS = np.geomspace(20, 0.05, 80)  # where the optimal frontier is estimated
+BETAS = np.geomspace(20, 0.05, 80)  # where the optimum is estimated; falling, so its KL rises
 MIN_SAMPLE_SIZE = 40  # with a smaller effective sample size, the optimum cannot be estimated
 
 
@@ -24,7 +24,7 @@ MIN_SAMPLE_SIZE = 40  # with a smaller effective sample size, the optimum cannot
 class EvalConfig:
     ref_samples: int  # N samples of pi_ref for each prompt
     samples: int  # M samples of pi_theta
-    completions: int  # K: pi_ref's first 16 samples are paired within groups of K
+    completions: int  # K: 16 samples of pi_ref are paired as in training, in groups of K
     labels: str
     seed: int
 
@@ -111,7 +111,7 @@ def agreement(pi_theta: GPT, pairs: dpo.Preferences, gap, loss: dpo.Loss, infer=
     if gap is not None:
         gap = gap.double()
         margin = r_hat_w - r_hat_l
-        found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # of r* itself
+        found["pair_accuracy_ceiling"] = (share @ (gap.sign() + 1)).item() / 2  # that of r*
         slope = (margin @ gap) / (gap @ gap)  # unweighted: flipping a pair changes nothing
         found["reward_slope"] = slope.item()
         found["reward_r2"] = (slope * (margin @ gap) / (margin @ margin)).item()
@@ -138,8 +138,8 @@ def optimality_gap(ref_r: Tensor, r: Tensor, kl: Tensor, beta: float, labels: st
 
     fraction_of_optimal: the gain in reward over pi_ref, divided by the largest gain at the same KL.
     optimal_reward, optimal_kl: of Eq. 4 at this beta. regret: J(optimum) - J(policy), Eq. 3, nats.
-    Values are None where the optimum cannot be estimated. For argmax labels, only
-    fraction_of_optimal is estimated.
+    Values are None where the optimum cannot be estimated. With argmax labels, Eq. 4 for r* is not
+    what DPO aims at, so only fraction_of_optimal is estimated.
     """
     gap = fraction_of_optimal(ref_r, r.mean(1), kl.mean(1))
     best_r, best_kl, sample_size = dpo.frontier(ref_r.double(), beta)
@@ -162,7 +162,7 @@ def fraction_of_optimal(ref_r: Tensor, r: Tensor, kl: Tensor) -> dict:
     optimal_kl = frontier["kl"]
     optimal_gain = frontier["reward"] - ref_r  # (80, P)
 
-    def fraction(w):  # weights of the prompts (P,)
+    def fraction(w):  # weights of the prompts (P,): Eq. 4 has the same beta for all prompts
         largest = np.interp(kl @ w, [0, *optimal_kl @ w], [0, *optimal_gain @ w])
         return float((r - ref_r) @ w / largest)
 

@@ -193,12 +193,16 @@ def test_samples_show_prompts_texts_and_rewards():
         "beta 1": {"texts": ["the plot is superb and moving."]},
         "beta 2": {"texts": ["the plot is superb and moving."], "rewards": [2.3]},
     }
-    assert page.samples_text(["the plot"], samples, 16).splitlines() == [
-        "pi_ref           | beta 1           | beta 2",
-        "",
+    assert page.samples_text(["the plot"], samples, 22).splitlines() == [
         "the plot ...",
-        "-0.30 is odd.    | is superb and    | +2.30 is superb",
-        "                 | moving.          | and moving.",
+        "",
+        "pi_ref  -0.30  is odd.",
+        "beta 1  is superb and",
+        "        moving.",
+        "beta 2  +2.30  is",
+        "               superb",
+        "               and",
+        "               moving.",
     ]
 
 
