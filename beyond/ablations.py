@@ -386,8 +386,8 @@ def value(point: dict, metric: str) -> float | None:
 def draw(runs: list[dict]) -> Figure:
     """One panel for each study, with its finding as its title. Means over seeds; seeds are pale."""
     mean = common.average(runs)
-    figure = Figure((12, 7.5), layout="constrained")
-    axes = figure.subplots(2, 3).flat
+    figure = Figure((9, 10.5), layout="constrained")
+    axes = figure.subplots(3, 2).flat
     for study, ax in zip(mean["config"]["studies"], axes, strict=False):
         found = [
             {p["method"]: p for p in run["points"] if p["study"] == study}
@@ -405,7 +405,7 @@ def color_of(name: str) -> str:
 
 
 LEFT = {"xytext": (-6, 0), "ha": "right"}
-BELOW = {"xytext": (0, -12), "ha": "center"}
+BELOW = {"xytext": (0, -8), "ha": "center", "va": "top"}
 
 
 def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], where: dict):
@@ -419,12 +419,16 @@ def dots(ax, x: str, y: str, points: dict, seeds: tuple[dict, ...], where: dict)
 
 
 def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
-    right = 1.5 * max(p["kl"] for p in points.values())
+    right = 1.7 * max(p["kl"] for p in points.values())
     common.draw_optimum(ax, results, "gain", right)
-    where = {"dpo, clean labels": {"xytext": (-4, 14), "ha": "right"}}
+    where = {name: {"xytext": (6, -9)} for name in points}
+    where["dpo, clean labels"] = {"xytext": (-4, 14), "ha": "right"}
     dots(ax, "kl", "gain", points, seeds, where)
     ax.set(xlim=(0, right), ylim=(0, 1.3 * max(p["gain"] for p in points.values())))
     ax.set(xlabel="KL, nats", ylabel="gain, nats")
+    ax.plot([], [], color="0.3", lw=2.5, label="optimum (Eq. 4)")
+    ax.plot([], [], "s:", color="0.55", ms=3, lw=1, label="best of N")
+    ax.legend(loc="lower right", frameon=False, fontsize="small")
     found = {name: p["fraction_of_optimal"] for name, p in points.items()}
     shown = [f"{name} {x:.2f}" for name, x in found.items() if x is not None]
     lines = ", ".join(shown[:2]), ", ".join(shown[2:])
@@ -455,8 +459,8 @@ def draw_verbosity(ax, results: dict, points: dict, *seeds: dict) -> str:
     dots(ax, "length", "gain", points, seeds, {"ld_dpo": LEFT})
     for name, p in results["optima"].items():
         ax.plot(p["length"], p["gain"], "s", color="0.3", mfc="none")
-        common.label(ax, name, p["length"], p["gain"], **BELOW)
-    ax.margins(x=0.5, y=0.2)
+        common.label(ax, f"{name}\nat the same beta", p["length"], p["gain"], **BELOW)
+    ax.margins(x=0.5, y=0.25)
     ax.set(xlabel="length, tokens", ylabel="gain, nats")
     longer = {name: p["length"] - results["reference"]["length"] for name, p in points.items()}
     return (
@@ -473,7 +477,7 @@ def draw_displacement(ax, results: dict, points: dict, *seeds: dict) -> str:
                 ax.plot(seed[name][key], style, color=color_of(name), alpha=0.3)
             ax.plot(p[key], style, color=color_of(name))
             common.label(ax, f"{name}, ${y}$", len(p[key]) - 1, p[key][-1])
-    ax.margins(x=0.25)
+    ax.set_xlim(right=1.25 * (len(p["A"]) - 1))
     ax.set(xlabel="epoch", ylabel=r"change in log $\pi$, nats")
     return (
         rf"log $\pi$($y_w$) changes by {points['dpo']['A'][-1]:+.2f} nats with DPO,"

@@ -25,7 +25,7 @@ from torch import Tensor
 import dpo
 import train
 from beyond.losses import split_rows
-from beyond.page import machine
+from beyond.page import DATASETS, LABELS, machine
 from beyond.pairs import Ids, Reward, Sample, Score, rows_of_prompts
 from data import Dataset, decode_rows, label_pairs, load_tokenizer
 from lib import cli, evaluate
@@ -282,7 +282,7 @@ def title(runs: list[dict]) -> str:
     cfg, n = runs[0]["config"], np.mean([run["pairs"] for run in runs])
     seeds = ", ".join(str(run["config"]["seed"]) for run in runs)
     seeds = f"seed{'s' * (len(runs) > 1)} {seeds}"
-    return f"{cfg['data']}, {cfg['labels']} labels, {n:,.0f} pairs, {seeds}"
+    return f"{DATASETS[cfg['data']]}, {LABELS[cfg['labels']]}, {n:,.0f} pairs, {seeds}"
 
 
 def draw_optimum(ax, results: dict, y: str, right: float):

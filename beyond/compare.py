@@ -388,7 +388,7 @@ def family(name: str) -> str:
 
 
 def draw(runs: list[dict]) -> Figure:
-    """The fraction of the attainable gain at two strengths, sorted within families of methods.
+    """The fraction of the attainable gain at two settings, sorted within families of methods.
 
     The mean over seeds is labelled with its KL. Each seed is a small point. A strength
     is left out if the optimum cannot be estimated for one of the seeds.
@@ -412,12 +412,11 @@ def draw(runs: list[dict]) -> Figure:
             kl = np.mean([p["kl"] for p in points])
             ax.annotate(f"{kl:.1f}", (mean, y), color="0.5", fontsize=7, ha="center", **style)
         if y + 1 == len(order) or family(order[y + 1]) != family(name):
-            ax.text(
-                0.01, y + 0.45, family(name), transform=ax.get_yaxis_transform(), style="italic"
-            )
+            style = {"transform": ax.get_yaxis_transform(), "style": "italic"}
+            ax.text(0.01, y + 0.55, family(name), **style)
             ax.axhline(y + 0.5, color="0.9")
     ax.axvline(1, color="0.3", label="optimum over all policies (Eq. 4)")
-    for fill, label in (("0.25", "first strength"), ("white", "second strength")):
+    for fill, label in (("0.25", "first setting (KL above)"), ("white", "second (KL below)")):
         ax.plot([], [], "o", color="0.25", mfc=fill, label=label)
     ax.set_yticks(range(len(order)), order)
     ax.set(xlabel="gain divided by the largest gain at the same KL (small numbers: KL, nats)")

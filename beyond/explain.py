@@ -32,7 +32,7 @@ from dpo import Preferences
 from lib.checkpoint import load_gpt
 from lib.cli import flag
 from lib.io import BadInput
-from beyond.page import BLUE, ORANGE
+from beyond.page import ORANGE
 from lib.stage import Stage
 
 GROUPS = 8  # of tokens, in the reward that cannot express r*
@@ -214,13 +214,14 @@ def mean_of(run: dict, method: str, n: int, name: str) -> float | None:
 
 
 def draw(runs: list[dict]) -> Figure:
-    """The fraction of the attainable gain against the number of prompts."""
+    """The fraction of the attainable gain against the number of prompts. Single runs are pale."""
     figure = Figure((7, 4.5), layout="constrained")
     ax = figure.subplots()
-    styles = zip(("o", "s", "^", "v"), (ORANGE, BLUE, "0.2", "0.55"), strict=True)
+    styles = zip(("o", "s", "^", "v"), (ORANGE, figure2.PURPLE, "0.2", "0.55"), strict=True)
     points = [p for run in runs for p in run["points"]]
     methods = dict.fromkeys(p["method"] for p in points)
-    for method, (marker, color) in zip(methods, styles, strict=False):
+    for i, (method, (marker, color)) in enumerate(zip(methods, styles, strict=False)):
+        shift = 1 + 0.03 * i
         some = [p for p in points if p["method"] == method]
         shown = [p for p in some if p["fraction_of_optimal"] is not None]
         sizes = dict.fromkeys(p["prompts"] for p in shown)
@@ -229,12 +230,12 @@ def draw(runs: list[dict]) -> Figure:
         ]
         if not sizes:
             continue
-        xs = [p["prompts"] for p in shown]
+        xs = [shift * p["prompts"] for p in shown]
         ax.plot(xs, [p["fraction_of_optimal"] for p in shown], marker, color=color, ms=4, alpha=0.4)
-        ax.plot(list(sizes), means, f"{marker}-", color=color)
-        above = 5 if method == "DPO" else -5
-        common.label(ax, method, list(sizes)[-1], means[-1], color, xytext=(6, above))
-    ax.axhline(1, color="0.6", lw=0.8, ls=":")
+        line = marker + "-" * (len(means) > 1)
+        ax.plot([shift * n for n in sizes], means, line, color=color, label=method)
+    ax.axhline(1, color="0.6", lw=0.8, ls=":", label="optimum over all policies (Eq. 4)")
+    ax.legend(loc="lower right", frameon=False)
     ax.set(xscale="log", xlabel="prompts whose pairs are used", title=common.title(runs))
     ax.set(ylabel="fraction of the attainable gain at the same KL")
     sizes = sorted({p["prompts"] for p in points})

@@ -434,30 +434,29 @@ def digits(column: str) -> int:
 
 # ------------------------------------------------- the figure
 
+PURPLE = "#7b5aa6"
 LOOK = {
     "DPO": ("o", ORANGE),
     "PPO-GT": ("^", "0.1"),
-    "PPO": ("s", "#7b5aa6"),
+    "PPO": ("s", PURPLE),
     "Unlikelihood": ("v", "#4d9221"),
     "Preferred-FT": ("P", "0.55"),
 }
-NEAR = 2.0  # nats: the end of the first panel
 PAPER = {"DPO": [(5, 1.0), (2.5, 0.9)], "PPO": [(2, 0.53), (11, 0.92)]}  # approximate readings
 
 
 def draw(runs: list[dict]) -> Figure:
-    """Gain against KL, for small and for all KL; P(positive), on IMDb with values read from the
-    paper's figure; and the largest gain against training time. Means over seeds.
+    """Against KL: the gain, the fraction of the largest gain, and P(positive), on IMDb with values
+    read from the paper's figure. Against training time: the largest gain. Means over seeds.
     """
     results = common.average(runs)
     figure = Figure((11, 9), layout="constrained")
-    (near, left), (right, cost) = figure.subplots(2, 2)
+    (left, share), (right, cost) = figure.subplots(2, 2)
     points = [p for p in results["points"] if p["method"] in ("DPO", "PPO-GT", "PPO")]
     limit = 1.1 * max(p["kl"] for p in points or results["points"])
     papers = PAPER if results["config"]["data"] == "imdb" else {}
     wide = max([limit, *(1.1 * kl for points in papers.values() for kl, _ in points)])
-    panels = (near, "gain", min(NEAR, limit)), (left, "gain", limit), (right, "p_positive", wide)
-    for ax, y, end in panels:
+    for ax, y, end in ((left, "gain", limit), (right, "p_positive", wide)):
         common.draw_optimum(ax, results, y, end)
         draw_methods(ax, results, y, end)
         shown = [results["reference"]["p_positive"] if y == "p_positive" else 0]
@@ -465,9 +464,13 @@ def draw(runs: list[dict]) -> Figure:
         shown += [1.0] if y == "p_positive" and papers else []
         margin = 0.08 * (max(shown) - min(shown)) or 1
         ax.set(xlim=(-0.02 * end, end), ylim=(min(shown) - margin, max(shown) + margin))
+    for ax in (left, share, right):
         ax.set(xlabel=r"KL($\pi_\theta$, $\pi_{ref}$), nats per response")
-        ax.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
+    left.set(ylabel=r"gain in true reward over $\pi_{ref}$, nats")
     right.set(ylabel="P(positive), mean of sigmoid(r*)")
+    draw_fractions(share, runs)
+    if len(runs) > 1:
+        share.set(title="large: means; pale: single seeds")
     draw_cost(cost, results, limit)
     draw_paper(right, papers)
     left.plot([], [], color="0.3", lw=2.5, label="optimum over all policies (Eq. 4)")
@@ -476,6 +479,18 @@ def draw(runs: list[dict]) -> Figure:
     left.legend(loc="lower right", frameon=False, fontsize="small")
     figure.suptitle(common.title(runs))
     return figure
+
+
+def draw_fractions(ax, runs: list[dict]):
+    """The gain divided by the largest gain at the same KL, where it is known. Seeds are pale."""
+    for method, (marker, color) in LOOK.items():
+        for points in zip(*(run["points"] for run in runs), strict=True):
+            rows = [(p["kl"], p["fraction_of_optimal"]) for p in points if p["method"] == method]
+            if rows and None not in (fraction for _, fraction in rows):
+                ax.plot(*zip(*rows, strict=True), marker, color=color, ms=3, alpha=0.3)
+                ax.plot(*np.mean(rows, 0), marker, color=color, ms=7)
+    ax.axhline(1, color="0.3", lw=2.5)
+    ax.set(ylabel="gain / largest gain at the same KL")
 
 
 def draw_cost(ax, results: dict, limit: float):

@@ -46,6 +46,8 @@ PANELS = {  # metric in the curves: title
 COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")  # of the betas
 ORANGE, BLUE = "#d95f02", "#1b6ca8"  # pi_theta and pi_ref
 TICKS = (0, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 25, 40)  # KL, nats
+DATASETS = {"toy": "toy dataset", "imdb": "IMDb"}
+LABELS = {"bt": "Bradley-Terry labels", "soft": "soft labels", "argmax": "argmax labels"}
 LARGE = 30  # nats: a KL above it is pointed out
 STRONG, VISIBLE = 1.0, 0.05  # nats: full colour, and the smallest contribution that is coloured
 STYLE = """
@@ -140,10 +142,9 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def title(config: dict) -> str:
-    known = {"toy": "toy dataset", "imdb": "IMDb"}
-    parts = [known.get(config["data"], Path(config["data"]).name)]
-    if config["data"] in known:
-        parts.append({"bt": "Bradley-Terry"}.get(config["labels"], config["labels"]) + " labels")
+    parts = [Path(config["data"]).name]
+    if config["data"] in DATASETS:
+        parts = [DATASETS[config["data"]], LABELS[config["labels"]]]
     parts += [Path(config["loss"]).name if config["loss"] != "dpo" else "", *config["loss_args"]]
     return ", ".join([*filter(None, parts), f"seed {config['seed']}"])
 

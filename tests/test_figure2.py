@@ -112,7 +112,7 @@ def test_no_line_is_drawn_across_a_gap_and_the_papers_points_belong_to_imdb():
     run |= {"pairs": 6, "seconds": {"completions": 0.7}}
     for data, papers in (("toy", 0), ("imdb", 2)):
         config = {"data": data, "labels": "bt", "seed": 0}
-        _, gain, p_positive, cost = figure2.draw([run | {"config": config}]).axes
+        gain, _, p_positive, cost = figure2.draw([run | {"config": config}]).axes
         assert cost.lines[0].get_xdata() == pytest.approx([1.0, 1.3, 1.6])  # .7 s are shared
         lines = [line for line in gain.lines if line.get_color() == figure2.ORANGE]
         joined = [list(line.get_xdata()) for line in lines if line.get_linestyle() == "-"]
