@@ -99,10 +99,10 @@ def verbose(preferences: Preferences, dataset: Dataset, reference: dict, seed: i
 # ------------------------------------------------- studies that train once per method
 
 
-def loss_and_lr(name: str, strength: int, **hyper: float) -> tuple[dpo.Loss, float]:
+def loss_and_lr(name: str, setting: int, **hyper: float) -> tuple[dpo.Loss, float]:
     """compare.py's loss and learning rate, with other hyperparameters as given."""
     method = METHODS[name]
-    return partial(method.loss, **method.strengths()[strength] | hyper), method.lrs[strength]
+    return partial(method.loss, **method.settings()[setting] | hyper), method.lrs[setting]
 
 
 def trained(stage: Stage, e: Experiment, name: str, preferences, loss, lr: float) -> dict:
@@ -436,7 +436,7 @@ def draw_noise(ax, results: dict, points: dict, *seeds: dict) -> str:
 
 
 def draw_certainty(ax, results: dict, points: dict, *seeds: dict) -> str:
-    best = 1 / (2 * METHODS["ipo"].strengths()[0]["beta"])
+    best = 1 / (2 * METHODS["ipo"].settings()[0]["beta"])
     ax.axhline(best, color="0.6", ls=":")
     common.label(ax, "IPO's optimum, 1/(2 beta)", 0, best, xytext=(5, -8))
     ends = {}

@@ -4,7 +4,7 @@
     python -m beyond.compare --summary DIR DIR ...     # table and figure for finished runs
 
 As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per prompt and 48
-samples of pi_theta per evaluation prompt. Each method is run at two strengths, for instance
+samples of pi_theta per evaluation prompt. Each method is run at two settings, for instance
 two betas. Methods differ in the loss and its learning rate, and some also in the pairs.
 
 Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
@@ -103,13 +103,13 @@ def rso(round: Round) -> dpo.Preferences:
 @dataclass(frozen=True)
 class Method:
     loss: Callable
-    hyper: dict[str, tuple[float, float] | float]  # a tuple has one value per strength
-    lrs: tuple[float, float]  # per strength, in units of --lr
+    hyper: dict[str, tuple[float, float] | float]  # a tuple has one value per setting
+    lrs: tuple[float, float]  # per setting, in units of --lr
     why: str  # these hyperparameters
     source: Callable[[Round], dpo.Preferences] = as_given
     rounds: int = 1  # each on its share of the prompts
 
-    def strengths(self) -> list[dict[str, float]]:
+    def settings(self) -> list[dict[str, float]]:
         return [
             {name: v[i] if isinstance(v, tuple) else v for name, v in self.hyper.items()}
             for i in range(len(self.lrs))
@@ -233,7 +233,7 @@ def train_method(
     K: int,
     device: torch.device,
 ) -> dict:
-    """Train one method at one strength. Returns its checkpoint, with the mean z_0 of KTO.
+    """Train one method at one setting. Returns its checkpoint, with the mean z_0 of KTO.
 
     K: completions per prompt, for methods that sample.
     """
@@ -281,12 +281,12 @@ def held_out_loss(
 
 
 def run(cfg: Config, stage: Stage, device: torch.device) -> dict:
-    """Each method at each strength. Returns the content of results.json."""
+    """Each method at each setting. Returns the content of results.json."""
     e = common.prepare(cfg, stage, device)
     points = []
     for name in cfg.methods:
         method = METHODS[name]
-        for i, (hyper, lr) in enumerate(zip(method.strengths(), method.lrs, strict=True)):
+        for i, (hyper, lr) in enumerate(zip(method.settings(), method.lrs, strict=True)):
             how = common.training(cfg, lr * cfg.times)
             args = e.reference, e.preferences, e.dataset, cfg.completions, device
             policy = stage(f"{name}-{i}", train_method, method, hyper, how, *args)
@@ -318,13 +318,13 @@ COLUMNS = {
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: each method at each strength, and the mean fraction of each next to DPO's.
+    """Markdown: each method at each setting, and the mean fraction of each next to DPO's.
 
     Mean and standard deviation over seeds. Raises BadInput if the methods differ.
     """
     named = [[(p["method"], p["hyper"]) for p in run["points"]] for run in runs]
     if any(each != named[0] for each in named):
-        raise BadInput("these runs do not have the same methods at the same strengths")
+        raise BadInput("these runs do not have the same methods at the same settings")
     head = ["method", "at", *COLUMNS.values()]
     rows = [
         ["pi_ref", "", *reference_cells(runs)],
@@ -336,12 +336,12 @@ def table(runs: list[dict]) -> str:
         at = ", ".join(f"{key} {value:g}" for key, value in points[0]["hyper"].items())
         rows.append([name, at, *(common.cell([p[key] for p in points]) for key in COLUMNS)])
     every = common.markdown(head, rows)
-    head = ["method", "fraction, mean over strengths", "DPO minus this, 95% CI", "DPO above this"]
+    head = ["method", "fraction, mean over settings", "DPO minus this, 95% CI", "DPO above this"]
     return f"{every}\n\n{common.markdown(head, fraction_rows(runs))}"
 
 
 def with_fraction(runs: list[dict]) -> dict[str, list[list[dict]]]:
-    """For each method the points of all seeds, at each strength where every seed has a fraction."""
+    """For each method the points of all seeds, at each setting where every seed has a fraction."""
     found = {}
     for points in zip(*(run["points"] for run in runs), strict=True):
         if all(p["fraction_of_optimal"] is not None for p in points):
@@ -349,9 +349,9 @@ def with_fraction(runs: list[dict]) -> dict[str, list[list[dict]]]:
     return found
 
 
-def mean_fractions(strengths: list[list[dict]]) -> np.ndarray:
-    """The mean over strengths of the fraction of each seed."""
-    return np.mean([[p["fraction_of_optimal"] for p in points] for points in strengths], 0)
+def mean_fractions(settings: list[list[dict]]) -> np.ndarray:
+    """The mean over settings of the fraction of each seed."""
+    return np.mean([[p["fraction_of_optimal"] for p in points] for points in settings], 0)
 
 
 def fraction_rows(runs: list[dict]) -> list[list[str]]:
@@ -390,7 +390,7 @@ def family(name: str) -> str:
 def draw(runs: list[dict]) -> Figure:
     """The fraction of the attainable gain at two settings, sorted within families of methods.
 
-    The mean over seeds is labelled with its KL. Each seed is a small point. A strength
+    The mean over seeds is labelled with its KL. Each seed is a small point. A setting
     is left out if the optimum cannot be estimated for one of the seeds.
     """
     found = with_fraction(runs)
@@ -403,7 +403,7 @@ def draw(runs: list[dict]) -> Figure:
         means = [mean_fractions([points]).mean() for points in found[name]]
         ax.plot(means, [y] * len(means), "-", color="0.8", zorder=0)
         for points, mean in zip(found[name], means, strict=True):
-            first = points[0]["hyper"] == METHODS[name].strengths()[0]
+            first = points[0]["hyper"] == METHODS[name].settings()[0]
             if len(runs) > 1:
                 fractions = [p["fraction_of_optimal"] for p in points]
                 ax.plot(fractions, [y] * len(runs), ".", color=color, ms=3, alpha=0.5)

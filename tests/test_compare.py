@@ -75,11 +75,11 @@ def test_a_verdict_needs_three_seeds_and_an_interval_that_excludes_0():
 # ------------------------------------------------- the methods
 
 
-def test_every_loss_is_a_method_at_two_strengths():
+def test_every_loss_is_a_method_at_two_settings():
     methods = compare.METHODS.values()
     assert {method.loss for method in methods} == set(losses.LOSSES.values())
     for method in methods:
-        assert len(method.strengths()) == len(method.lrs) == 2 and method.why
+        assert len(method.settings()) == len(method.lrs) == 2 and method.why
 
 
 def fresh_pairs(method: str) -> Preferences:
@@ -115,7 +115,7 @@ def test_iterative_dpo_pairs_the_best_with_the_worst_of_eight():
 # ------------------------------------------------- a run
 
 
-def test_a_run_has_a_row_for_each_method_and_strength(run):
+def test_a_run_has_a_row_for_each_method_and_setting(run):
     folder, found = run
     assert [p["method"] for p in found["points"]] == [name for name in SOME for _ in range(2)]
     for p in found["points"]:
@@ -164,7 +164,7 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds():
     assert "±" not in row and row.split("|")[8].strip() == "-"
 
 
-def test_fractions_are_compared_with_dpos_over_the_strengths_that_all_seeds_have():
+def test_fractions_are_compared_with_dpos_over_the_settings_that_all_seeds_have():
     def run(*fractions: float | None) -> dict:
         methods = "dpo", "dpo", "ipo", "ipo"
         points = zip(methods, fractions, strict=True)
