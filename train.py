@@ -108,7 +108,7 @@ PRESETS = {  # what differs for the other datasets
 
 def load_dataset(cfg: Config, stage: Stage, tokens) -> data.Dataset:
     """The toy reviews, IMDb's, or preferences from a file. Raises BadInput if they are unusable."""
-    # IMDb's training reviews are only encoded if pi_ref is fine-tuned on them, for [0] steps.
+    # IMDb's training reviews are only encoded if the number of fine-tuning steps is not 0.
     reviews = cfg.reviews if cfg.data != "imdb" or sft_settings(cfg, 0)[0] else 0
     sizes = data.Sizes(cfg.prompts, cfg.eval_prompts, cfg.context, reviews)
     with open_user_file(Path(cfg.data), "a dataset"):

@@ -237,7 +237,8 @@ def colour_key(reward: Reward | None) -> str:
 def draw_frontier(results: dict) -> Figure:
     """Gain in reward against KL, with the optimum. If r* is unknown: pair accuracy.
 
-    A wide range of KL has a square-root scale, on which the optimal gain starts as nearly a line.
+    If the range of KL is wide, its axis has a square-root scale, on which the curve of the optimal
+    gain is nearly straight at first.
     """
     figure = Figure((8, 5), layout="constrained")
     ax, points, known = figure.subplots(), results["points"], bool(results["frontier"])
