@@ -321,6 +321,7 @@ CLAIMS = {  # the paper's claim: (the other method, the KLs at which DPO is comp
     "DPO's frontier lies above PPO-GT's": ("PPO-GT", GRID),
     "DPO gains more than PPO at low KL": ("PPO", (0.5, 1)),
     "DPO gains more than PPO-GT at low KL": ("PPO-GT", (0.5, 1)),
+    "DPO gains more than PPO-GT at high KL": ("PPO-GT", (2, 3)),
 }
 REACH = {
     "Preferred-FT gains less reward than DPO": "Preferred-FT",
