@@ -5,9 +5,6 @@
 
 How much reward does DPO gain for each nat of KL from pi_ref, and how close is that to the best
 that any policy can do? Because r* is known, the optimum can be estimated too.
-
-`stage("name", f, *args)` returns f(*args), and keeps the result in the output folder, so that a
-stopped run can continue. Modules of beyond/ are imported where a setting needs them.
 """
 
 import math
@@ -102,6 +99,9 @@ PRESETS = {  # what differs for the other datasets
         "eval_samples": 4,
     },
 }
+
+# `stage("name", f, *args)` returns f(*args), and keeps the result in the output folder, so that a
+# stopped run can continue (lib/stage.py). Modules of beyond/ are loaded where a setting needs them.
 
 # -------------------------------------------------- 1. the dataset
 
