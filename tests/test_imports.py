@@ -1,4 +1,5 @@
-"""Imports go one way. Outside beyond/, functions are short and import no module of the project."""
+"""Imports go one way, and nothing is patched. Outside beyond/, functions are short and import no
+module of the project."""
 
 import ast
 from pathlib import Path
@@ -38,3 +39,17 @@ def test_functions_are_short_and_import_nothing_from_the_project(name):
         if isinstance(node, ast.FunctionDef):
             assert not imported(node), node.name
             assert node.end_lineno - node.lineno < 40, node.name
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name.startswith("beyond")])
+def test_beyond_patches_nothing_and_takes_from_train_only_what_train_defines(name):
+    body = TREES["train.py"].body
+    own = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.targets[0].id for node in body if isinstance(node, ast.Assign)}
+    modules = {Path(path).stem for path in TREES}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom) and node.module == "train":
+            assert {alias.name for alias in node.names} <= own
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "train" or node.attr in own
+            assert node.value.id not in modules or isinstance(node.ctx, ast.Load), "a patch"
