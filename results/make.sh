@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Runs the commands behind the results in README.md and beyond/README.md, one after the other, except
-# the searches for hyperparameters, the timed runs and the comparison of processors (docs/speed.md).
-# It can be interrupted and run again.
-# Set IMDB to the path of the archive to skip the download.
+# Runs the commands behind the results in README.md and beyond/README.md, except the searches for
+# hyperparameters, the timed runs and the comparison of processors (docs/speed.md). Runs one command
+# per core at a time, each with one thread; JOBS=1 runs a single one. results/NAME.log has its output.
+# You can interrupt the script and run it again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for seed in 0 1 2 3 4 5 6 7 8 9; do
-    python train.py --seed $seed --out results/toy-$seed
-    python train.py --seed $seed --completions 4 --prompts 4000 --batch-size 64 --out results/four-toy-$seed
-done
-for seed in 0 1 2; do
-    python train.py --data imdb ${IMDB:+--imdb "$IMDB"} --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 \
-        --ref-samples 384 --out results/imdb-$seed
-    python -m beyond.judge results/imdb-$seed ${IMDB:+--imdb "$IMDB"}
-    python -m beyond.explain --seed $seed --out results/explain-$seed
-    python -m beyond.compare --seed $seed --out results/compare-$seed
-    python -m beyond.ablations --seed $seed --out results/ablations-$seed
-    python -m beyond.figure2 --seed $seed --out results/figure2-$seed
-    for labels in bt argmax; do
-        python -m beyond.figure2 --data imdb ${IMDB:+--imdb "$IMDB"} --labels $labels --seed $seed \
-            --out results/figure2-imdb-$labels-$seed
+export OMP_NUM_THREADS=1
+
+commands() { # a line for each run: the name of its folder, and the arguments of python
+    for seed in 0 1 2; do
+        for labels in bt argmax; do
+            echo figure2-imdb-$labels-$seed -m beyond.figure2 --data imdb --labels $labels --seed $seed
+        done
     done
+    for seed in 0 1 2; do
+        echo imdb-$seed train.py --data imdb --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 --ref-samples 384
+        for module in figure2 explain compare ablations; do
+            echo $module-$seed -m beyond.$module --seed $seed
+        done
+    done
+    for seed in 0 1 2 3 4 5 6 7 8 9; do
+        echo toy-$seed train.py --seed $seed
+        echo four-toy-$seed train.py --seed $seed --completions 4 --prompts 4000 --batch-size 64
+    done
+}
+
+commands | xargs -L 1 -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" bash -c \
+    'echo "$0"; python "$@" --out "results/$0" >"results/$0.log" 2>&1 || { tail -n 1 "results/$0.log"; false; }'
+for seed in 0 1 2; do
+    python -m beyond.judge results/imdb-$seed
 done
 for name in figure2 figure2-imdb-bt figure2-imdb-argmax explain compare ablations; do
     python -m beyond.${name%%-*} --summary results/$name-[0-9]   # the tables of results/$name.md, and $name.png
