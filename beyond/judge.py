@@ -9,7 +9,8 @@ the log-count ratios (NB-SVM, Wang and Manning 2012). It is trained on whole rev
 first 40 tokens, and tested on test reviews.
 
 The table has, for pi_ref and each policy, r* and the judge's logit in nats, and P(positive) and the
-win rate over pi_ref according to each of the two. It is also written to out/judge.json.
+win rate over pi_ref according to each of the two. It is also written to out/judge.json, with the
+judge's accuracy on test reviews.
 """
 
 import argparse
@@ -91,8 +92,8 @@ def train_judge(reviews: dict[str, list[str]], tokens: list[bytes]) -> dict:
     return found
 
 
-def judge(folder: Path, imdb: Path | None, samples: int) -> list[dict]:
-    """Sample each policy of a run, and compare r* with the judge. Raises BadInput."""
+def judge(folder: Path, imdb: Path | None, samples: int) -> dict:
+    """The judge's accuracy, and a row for each policy, from new samples. Raises BadInput."""
     config = read_config(folder)
     if config.get("data") != "imdb" or not config.get("beta"):
         raise BadInput(f"{folder}: is not a finished run with --data imdb")
@@ -115,7 +116,7 @@ def judge(folder: Path, imdb: Path | None, samples: int) -> list[dict]:
             row[f"P(positive) by {judge}"] = value.sigmoid().mean().item()
             row[f"win rate by {judge}"] = ((value - ref).sign() + 1).mean().item() / 2
         rows.append(row)
-    return rows
+    return {"accuracy": made["accuracy"], "accuracy_short": made["accuracy_short"], "rows": rows}
 
 
 def table(rows: list[dict]) -> str:
@@ -132,9 +133,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         with open_user_file(args.run, "a run of train.py"):
-            rows = judge(args.run, args.imdb, args.samples)
-        atomic_write(args.run / "judge.json", json.dumps(rows, indent=1).encode())
-        print(table(rows))
+            found = judge(args.run, args.imdb, args.samples)
+        atomic_write(args.run / "judge.json", json.dumps(found, indent=1).encode())
+        print(table(found["rows"]))
     except (BadInput, OSError) as e:
         print(f"beyond.judge: {' '.join(str(e).split())[:500]}", file=sys.stderr)
         return 2

@@ -21,9 +21,11 @@ def test_the_command_line_prints_a_table_of_all_policies(imdb, monkeypatch, caps
     assert judge.main(argv) == 0
     printed = capsys.readouterr().out
     written = imdb.folder / "judge.json"
-    rows = json.loads(written.read_text())
+    found = json.loads(written.read_text())
+    rows = found["rows"]
     written.unlink()  # other tests look at all files of this run
     assert printed.endswith(judge.table(rows) + "\n") and "accuracy 0." in printed
+    assert 0.5 < found["accuracy"] <= 1 and 0.5 < found["accuracy_short"] <= 1
     assert [row["policy"] for row in rows] == ["pi_ref", "dpo, beta 1"]
     assert rows[0]["win rate by r*"] == rows[0]["win rate by judge"] == 0.5
     for name in ("P(positive) by r*", "P(positive) by judge", "win rate by judge"):

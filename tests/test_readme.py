@@ -114,7 +114,12 @@ def test_the_table_of_four_and_eight_completions_is_that_of_the_results():
 def test_the_judges_table_is_that_of_its_results():
     """docs/imdb.md, from results/imdb-0/judge.json"""
     columns = ("win rate by r*", "win rate by judge", "P(positive) by r*", "P(positive) by judge")
-    for row in json.loads(read("results/imdb-0/judge.json")):
+    found, reward = map(
+        json.loads, map(read, ("results/imdb-0/judge.json", "lib/imdb_reward.json"))
+    )
+    stated = f"{found['accuracy']:.3f} against {reward['accuracy']:.3f}".replace("0.", ".")
+    assert f"about as accurate as r*: {stated}" in words("docs/imdb.md")
+    for row in found["rows"]:
         cells = [row["policy"].removeprefix("dpo, "), *(f"{row[name]:.2f}" for name in columns)]
         assert cells in rows("docs/imdb.md")
 
