@@ -1,6 +1,6 @@
 """Mutation testing of dpo.py: nearly every small edit must make a theorem fail.
 
-    python tests/mutate.py               all mutants, a few minutes
+    python tests/mutate.py               all mutants
     python tests/mutate.py frontier      those of one function
 
 An edit changes one node of the syntax tree: an operator, a comparison, a constant, the order of

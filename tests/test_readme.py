@@ -198,3 +198,12 @@ def test_the_difference_from_ppo_is_that_of_its_results():
     assert interval in read("beyond/README.md")
     mean, low, high = re.findall(r"[+-](\d\.\d+)", interval)
     assert f"{mean} nats (95 % interval {low} to {high})" in words("README.md")
+
+
+def test_times_are_those_of_the_record():
+    """docs/speed.md and README.md, from results/speed/times.txt"""
+    record = dict(re.findall(r"^(.+?)  +(.+)$", read("results/speed/times.txt"), re.M))
+    table = {row[0].replace("`", ""): row[1] for row in rows("docs/speed.md")[2:]}
+    assert len(record) == len(table) and record == table
+    for command in ("python train.py", "python train.py --data imdb"):
+        assert f"[{record[command]}](results/speed/times.txt)" in words("README.md")
