@@ -7,8 +7,8 @@ As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per
 samples of pi_theta per evaluation prompt. Each method is run at two settings, for instance
 two betas. Methods differ in the loss and its learning rate, and some also in the pairs.
 
-Learning rates: DPO's follow train.py's rule. Those of the other losses make the first steps about
-as long as DPO's. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
+Learning rates: DPO's follow train.py's rule. Those of the other losses were set by the size of the
+loss's gradient. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
 stably with them; the methods after dpop were not run on that seed. `held_out_loss` in results.json
 and `--times` let you tune the learning rates without the true reward.
 """
