@@ -14,7 +14,8 @@ commands() { # a line for each run: the name of its folder, and the arguments of
         done
     done
     for seed in 0 1 2; do
-        echo imdb-$seed train.py --data imdb --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 --ref-samples 384
+        echo imdb-$seed train.py --data imdb --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 \
+            --ref-samples 384 --eval-samples 40
         for module in figure2 explain compare ablations; do
             echo $module-$seed -m beyond.$module --seed $seed
         done
