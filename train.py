@@ -82,6 +82,7 @@ PRESETS = {  # what differs for the other datasets
         "lr": 1.2e-4,
         "batch_size": 4,
         "eval_prompts": 64,
+        "ref_samples": 192,
         "eval_samples": 24,
     },
     "own": {

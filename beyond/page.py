@@ -285,7 +285,7 @@ def draw_optimum(ax, results: dict, right: float):
     kl = np.array([0, *np.array(results["frontier"]["kl"])[reliable]])
     gain = np.array([0, *np.array(results["frontier"]["reward"])[reliable] - base])
     ax.plot(kl, gain, color="0.3", label="optimum over all policies (Eq. 4)")
-    if kl[-1] < right:
+    if kl[-1] < 0.98 * right:  # wide enough to be seen
         ax.axvspan(kl[-1], right, color="0.93", label="optimum cannot be estimated here")
     for p in results["points"]:
         if p["optimal_kl"] is not None:
