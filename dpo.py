@@ -87,7 +87,7 @@ def dpo_loss(
     """
     r_hat_w = implicit_reward(logp_w, ref_logp_w, beta)
     r_hat_l = implicit_reward(logp_l, ref_logp_l, beta)
-    losses = -F.logsigmoid(r_hat_w - r_hat_l)  # log(sigmoid(z)) is -inf for z < -90
+    losses = -F.logsigmoid(r_hat_w - r_hat_l)  # in float32, log(sigmoid(z)) is -inf for z < -90
     return losses, r_hat_w, r_hat_l
 
 
@@ -98,8 +98,8 @@ def optimal_policy(ref_logp: Tensor, r: Tensor, beta: float | Tensor) -> tuple[T
     """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x).  Eq. 4.
 
     ref_logp, r: (..., N) log-probabilities and rewards, in nats, of *all* responses to x. beta
-    broadcasts against r. Returns log pi_r (..., N) and log Z (...). For small worlds, as in tests;
-    a language model has too many responses, so train.py uses `frontier`.
+    broadcasts against r. Returns log pi_r (..., N) and log Z (...). Only the tests list
+    all responses; a language model has too many, so train.py uses `frontier`.
     """
     tilted = ref_logp + r / beta
     log_Z = tilted.logsumexp(-1)
@@ -175,7 +175,7 @@ class Preferences:
     ref_logps: Tensor  # (R, T) log pi_ref(y_t | x, y_<t), 0 outside the mask
     prompt: Tensor  # (R,) the number of the row's prompt, ascending
     pairs: Tensor  # (n, 2) the rows of y_w and y_l
-    weight: Tensor  # (n,) in the loss: 1; if both orders of a pair are there, their probabilities
+    weight: Tensor  # (n,) in the loss: usually 1; for soft labels, the probability of this order
 
     def select(self, prompts: Tensor) -> "Preferences":
         """The preferences of these prompts, with T cut to the longest row."""

@@ -181,7 +181,7 @@ def sample(
             rows = rows[going]
             new = new[going]
             cache = cache.index_select(2, going)
-    # Shifted right by one, the count of end tokens is positive after the first.
+    # Shifted right by one, the count of end tokens is positive only after the first end token.
     after = F.pad((response & (ids == end)).cumsum(1), (1, -1)) > 0
     mask = response & ~after
     return ids.masked_fill(after, end).cpu(), mask.cpu(), logps.masked_fill(~mask, 0).cpu()

@@ -47,7 +47,7 @@ class Config:
     loss: str = flag("dpo", "dpo, a loss named in beyond/losses.py, or FILE.py:FUNCTION")
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
-    pairs: str = flag("all", "best-worst: 1 per prompt (toy, imdb)", choices=("all", "best-worst"))
+    pairs: str = flag("all", "all, or 1 per prompt (toy, imdb)", choices=("all", "best-worst"))
     beta: tuple = flag((0.5, 1.0, 2.0), "weights of the KL penalty, one policy each", 1e-4)
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)
@@ -63,8 +63,8 @@ class Config:
     epochs: int | None = flag(1, "DPO epochs; your own data: enough for 100 steps", 1)
     batch_size: int = flag(32, "prompts per DPO step", 1)
     eval_prompts: int = flag(100, "evaluation prompts", 2)
-    ref_samples: int = flag(256, "samples of pi_ref per prompt", 16)
-    eval_samples: int = flag(80, "samples of pi_theta per prompt, at most those of pi_ref", 1)
+    ref_samples: int = flag(256, "samples of pi_ref per evaluation prompt", 16)
+    eval_samples: int = flag(80, "samples of pi_theta per prompt, at most --ref-samples", 1)
     # fmt: on
 
 

@@ -278,7 +278,7 @@ def main(argv: list[str]) -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser(prog="beyond.bench", description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("--repetitions", type=int, default=5, help="counted repetitions (5)")
+    add("--repetitions", type=int, default=5, help="timed repetitions, after one warm-up (5)")
     add("--out", type=Path, default=Path("out/bench"), help="folder for results.json (out/bench)")
     add("--tiny", action="store_true", help="a small model and few samples, to try the command")
     add("--debug", action="store_true", help="show the traceback of any error")

@@ -210,7 +210,7 @@ def accuracy_of_true_reward(eval_set: EvalSet) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval by Student's t; infinite for one value.
+    """The mean, and half the width of its 95% interval by Student's t; infinite for one value.
 
     From 11 values on, t is taken as 2.26, which is slightly wide.
     """
@@ -224,7 +224,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def verdict(values: list[float]) -> str:
     """Whether a difference, one value for each seed, is above or below 0.
 
-    "seen" or "reversed" needs at least three seeds and a 95 % interval that excludes 0.
+    "seen" or "reversed" needs at least three seeds and a 95% interval that excludes 0.
     """
     if len(values) < 3:
         return f"{'one seed' if len(values) == 1 else f'{len(values)} seeds'}: no verdict"
@@ -243,7 +243,7 @@ def cell(values: list[float | None], digits: int = 2) -> str:
 
 
 def interval_cell(values: list[float]) -> str:
-    """Mean and 95 % interval over seeds."""
+    """Mean and 95% interval over seeds."""
     if not values:
         return "-"
     mean, half = interval(values)

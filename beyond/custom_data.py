@@ -104,12 +104,12 @@ def accuracy_line(point: dict) -> str:
     p, pairs, prompts = (point[key] for key in ("pair_accuracy", "pairs", "pair_prompts"))
     low, high = wilson_interval(p, prompts)  # pairs of one prompt are not independent
     on = f"{pairs} pairs" if pairs == prompts else f"{pairs} pairs of {prompts} prompts"
-    interval = f"95 % interval {low:.2f} to {high:.2f}"
+    interval = f"95% interval {low:.2f} to {high:.2f}"
     return f"beta {point['beta']:g}: held-out accuracy {p:.2f} on {on}, {interval}"
 
 
 def wilson_interval(p: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion p observed in n cases (Wilson 1927). It contains p."""
+    """The 95% interval of a proportion p observed in n cases (Wilson 1927). It contains p."""
     z2 = 1.96**2
     half = 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     low, high = ((p + z2 / (2 * n) + side) / (1 + z2 / n) for side in (-half, half))

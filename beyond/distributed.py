@@ -12,8 +12,7 @@ averages gradients over processes, so each process computes
 Sampling, log-probabilities and KL use sharded models; each process computes a share of the prompts
 or rows. Each chunk of responses has its own seed. So results depend on N only through rounding.
 
-What this file leaves out: sharded fine-tuning; losses that couple prompts; Muon, which needs whole
-matrices. See docs/scale.md.
+What this file leaves out: sharded fine-tuning, and losses that couple prompts. See docs/scale.md.
 """
 
 import contextlib

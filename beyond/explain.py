@@ -50,10 +50,10 @@ class Config(figure2.Config):
     epochs: int | None = None
     reward_epochs: int = 3
     sft_steps: int | None = flag(500, "fine-tuning steps", 0)
-    ref_samples: int = flag(384, "samples of pi_ref per prompt", 16)
+    ref_samples: int = flag(384, "samples of pi_ref per evaluation prompt", 16)
     prompts: int = flag(5_000, "prompts to collect preferences on", 8)
     sizes: tuple = flag((200, 1000, 5000), "prompts whose pairs are used", 8)
-    classes: int = flag(1000, "prompts whose pairs the reward classes use", 8)
+    classes: int = flag(1000, "which of --sizes also compares three reward models", 8)
 
 
 # ------------------------------------------------- rewards that are linear in counts of tokens

@@ -70,7 +70,7 @@ class Config(train.Config):
     beta: tuple = flag(BETAS, "DPO's weights of the KL penalty", 1e-4)
     reviews: int = flag(20_000, "reviews to fine-tune pi_ref on", 1)
     sft_steps: int | None = flag(600, "fine-tuning steps", 0)
-    ref_samples: int = flag(512, "samples of pi_ref per prompt", 16)
+    ref_samples: int = flag(512, "samples of pi_ref per evaluation prompt", 16)
     eval_samples: int = flag(48, "samples of pi_theta per evaluation prompt", 1)
     prompts: int = flag(10_000, "prompts to collect preferences on", 8)
     completions: int = flag(4, "completions per prompt", 2)
@@ -82,7 +82,7 @@ class Config(train.Config):
     ppo_batch: int = flag(256, "responses per PPO iteration", 1)
     ppo_minibatches: int = flag(2, "optimizer steps per epoch over a PPO batch", 1)
     ppo_lr: float = flag(2e-3, "PPO's learning rate", 1e-9)
-    ppo_lam: float = flag(0.95, "lambda of the advantages", 0.0)
+    ppo_lam: float = flag(0.95, "GAE's lambda", 0.0)
     ppo_raw: bool = flag(False, "do not whiten the advantages")
     ppo_warmup: int = flag(0, "iterations in which only the critic learns", 0)
     reward_lr: tuple = flag((1e-3,), "learning rates of the reward model", 1e-9)
@@ -388,7 +388,7 @@ def table(runs: list[dict]) -> str:
         rows = [[m, *(entry(runs, m, y, kl) for kl in grid)] for m in methods]
         tables.append(common.markdown(head, rows))
     head = ["claim: DPO minus the other, nats, at", *(f"{kl:g}" for kl in grid)]
-    head += ["mean difference in gain, 95 %", "in P(positive), 95 %", "verdict"]
+    head += ["mean difference in gain, 95% CI", "in P(positive), 95% CI", "verdict"]
     tables.append(common.markdown(head, claim_rows(runs)))
     tables.append(common.markdown(["run", *COLUMNS.values()], end_rows(runs)))
     return "\n\n".join(tables)

@@ -4,13 +4,13 @@
 
 r* labelled the preferences, so a policy could exploit its errors. The judge is used only for
 this comparison. It shares no features, tokens or training recipe with r*: it is naive Bayes on the
-presence of one to three neighbouring tokens of pi_ref's BPE, reweighted by logistic regression on
+presence of n-grams of one to three of pi_ref's BPE tokens, reweighted by logistic regression on
 the log-count ratios (NB-SVM, Wang and Manning 2012). It is trained on whole reviews and on their
 first 40 tokens, and tested on test reviews.
 
-The table has, for pi_ref and each policy, r* and the judge's logit in nats, and P(positive) and the
-win rate over pi_ref according to each of the two. It is also written to out/judge.json, with the
-judge's accuracy on test reviews.
+For pi_ref and each policy, the table has the correlation between r* and the judge's logit over
+samples, the mean of each in nats, and P(positive) and the win rate over pi_ref by each. It
+is also written to out/judge.json, with the judge's accuracy on test reviews.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SHORT = 40  # tokens
 
 
 def ngrams(ids: list[int]) -> np.ndarray:
-    """The hashed runs of one to three tokens of a text, each once."""
+    """The hashed n-grams (n = 1 to 3) of a text, each once."""
     a = np.array([*ids, 0, 0], dtype=np.int64) + 1
     two = a[:-1] * 8191 + a[1:]
     runs = np.concatenate((a[:-2], two[:-1] * 3 + 1, (two[:-1] * 131071 + a[2:]) * 3 + 2))

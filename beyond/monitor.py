@@ -34,7 +34,7 @@ class Monitor:
     def __call__(self, pi_theta: GPT, pi_ref: GPT, loss: dpo.Loss, rows: list[dict], steps: int):
         """After each tenth of the steps, add metrics to the last row, and write the curves so far.
 
-        Each row is a step. Two samples are printed after 10, 40, 70 and 100 % of training.
+        Each row is a step. Two samples are printed after 10, 40, 70 and 100% of training.
         """
         tenth = tenth_ending(len(rows), steps)
         if not tenth:

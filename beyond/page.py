@@ -253,7 +253,7 @@ def draw_frontier(results: dict) -> Figure:
     if not known:
         intervals = [wilson_interval(p["pair_accuracy"], p["pair_prompts"]) for p in points]
         low, high = np.transpose(intervals)
-        bars, label = (y - low, high - y), f"{method(results['config'])}, 95 % intervals"
+        bars, label = (y - low, high - y), f"{method(results['config'])}, 95% intervals"
     ax.errorbar(kl, y, bars, 2 * kl_se, "o", color=ORANGE, label=label)
     for p in points:
         label = rf"$\beta$ = {p['beta']:g}"
@@ -292,7 +292,7 @@ def draw_optimum(ax, results: dict, right: float):
             x, y = p["optimal_kl"], p["optimal_reward"] - base
             ax.plot([x, p["kl"]], [y, p["gain"]], color=ORANGE, lw=0.7)
             ax.plot(x, y, "o", mfc="w", mec=ORANGE, ms=11)
-    how = r"optimum at the same $\beta$, joined to it"
+    how = r"optimum at the same $\beta$, joined to the policy"
     ax.plot([], [], "o-", color=ORANGE, mfc="w", lw=0.7, ms=11, label=how)
 
 

@@ -236,7 +236,7 @@ class PPOConfig:
     beta: float = 0.5  # initial value; stays fixed without a target KL
     target_kl: float | None = None  # adapt beta to this KL(pi_theta, pi_ref), in nats per response
     frozen: int = 0  # N > 0: the embeddings and first N blocks of both models are not trained
-    gain: float = 0.3  # of the controller: beta changes by at most 20 % times this per iteration
+    gain: float = 0.3  # of the controller: beta changes by at most 20% times this per iteration
 
 
 def initial_beta(target_kl: float) -> float:

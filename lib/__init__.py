@@ -1,1 +1,1 @@
-"""How results are measured (evaluate.py), and what supports the experiment."""
+"""Evaluation, and infrastructure: inference, optimizers, stages, checkpoints, command line."""

@@ -18,7 +18,7 @@ def bf16_supported(device: torch.device) -> bool:
 
 
 def linear_warmup_decay(steps: int) -> Callable[[int], float]:
-    """Learning-rate multiplier: linear warmup over 2 % of the steps, times linear decay to 0."""
+    """Learning-rate multiplier: linear warmup over 2% of the steps, times linear decay to 0."""
     warmup = 0.02 * steps
     return lambda step: min(1.0, (step + 1) / (warmup + 1)) * (1 - step / max(1, steps))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the commands behind the results in README.md and beyond/README.md, except the searches for
 # hyperparameters, the timed runs and the comparison of processors (docs/speed.md). Runs one command
-# per core at a time, each with one thread; JOBS=1 runs a single one. results/NAME.log has its output.
+# per core at a time, each with one thread (JOBS=1: one at a time). results/NAME.log has the output of a run.
 # You can interrupt the script and run it again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,5 +32,5 @@ for seed in 0 1 2; do
     python -m beyond.judge results/imdb-$seed
 done
 for name in figure2 figure2-imdb-bt figure2-imdb-argmax explain compare ablations; do
-    python -m beyond.${name%%-*} --summary results/$name-[0-9]   # the tables of results/$name.md, and $name.png
+    python -m beyond.${name%%-*} --summary results/$name-[0-9]   # prints the tables of results/$name.md, draws $name.png
 done

@@ -26,7 +26,7 @@ def trained(optimizer_of) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_muon_takes_the_steps_of_torch_optim_muon(supported, monkeypatch):
-    """Up to bfloat16 rounding, below 5 % of the movement. bfloat16 is used if supported."""
+    """Up to bfloat16 rounding, below 5% of the movement. bfloat16 is used if supported."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     how = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}

@@ -198,7 +198,7 @@ def test_the_difference_from_ppo_is_that_of_its_results():
     interval = row[9]
     assert interval in read("beyond/README.md")
     mean, low, high = re.findall(r"[+-](\d\.\d+)", interval)
-    assert f"{mean} nats (95 % interval {low} to {high})" in words("README.md")
+    assert f"{mean} nats (95% interval {low} to {high})" in words("README.md")
 
 
 def test_times_are_those_of_the_record():

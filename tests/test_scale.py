@@ -71,7 +71,7 @@ def saved_bytes(pi: GPT) -> int:
 
 
 def test_activations_are_those_that_autograd_keeps():
-    """In float32, to 2 %: with checkpointing the inputs of blocks, otherwise all blocks.
+    """In float32, to 2%: with checkpointing the inputs of blocks, otherwise all blocks.
 
     The last LayerNorm's input and output, the log-probabilities and the ids are the same in both.
     """

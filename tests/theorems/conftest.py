@@ -1,6 +1,7 @@
 """Points the theorems at dpo.py: an argument named like an offered function receives that function.
 
-`offer.py` has the functions that this project offers, some of them in another form than dpo.py.
+`offer.py` has the functions that this project offers, some of them written
+differently from those in dpo.py.
 """
 
 from pathlib import Path

@@ -356,6 +356,6 @@ def test_kl_estimate_is_the_sum_of_token_kls():
 
 def test_reverse_kl_is_distinguished_from_forward_kl():
     """The two models here have KL(pi_theta, pi_ref) != KL(pi_ref, pi_theta):
-    `test_mean_of_each_kl_estimate_is_the_sequence_kl` can fail.  pitfall 32"""
+    `test_mean_of_each_kl_estimate_is_the_sequence_kl` would detect the wrong one.  pitfall 32"""
     theta, ref = enumerated(gpt(0), [0]), enumerated(gpt(1), [0])
     assert abs(kl(theta, ref) - kl(ref, theta)) > 0.01

@@ -133,7 +133,7 @@ def test_objective_is_stationary_at_the_optimal_policy(optimal_policy, w):
 
 def test_wrong_optimum_loses_to_a_rival_by_more_than_the_tolerance():
     """A wrong optimum at 2 beta loses to a perturbed optimum in nearly every mild world:
-    `test_optimal_policy_beats_every_rival` can fail.  pitfall 32"""
+    `test_optimal_policy_beats_every_rival` would detect it.  pitfall 32"""
     noticed = 0
     for seed in range(100):
         w = world(4, 1.0, seed, 2.0, 2.0)

@@ -90,8 +90,8 @@ def test_dpo_on_the_population_finds_the_optimal_policy(w, seed):
 
 @given(w=optimiser_worlds, seed=seeds)
 def test_exchanged_responses_reverse_the_reward(w, seed):
-    """y_w and y_l exchanged in Eq. 7, as in the README's exercise => the minimiser is the optimum
-    for -r, and has at most the reward of pi_ref. Eq. 4 and 7"""
+    """y_w and y_l exchanged in Eq. 7, as in the README  =>  the minimiser is the optimum for -r,
+    and has at most the reward of pi_ref. Eq. 4 and 7"""
     batch = population(w.ref_logp, w.r, connected(len(w.r), seed))
     found = fit(dataclasses.replace(batch, pairs=batch.pairs.flip(1)), w.beta, w.ref_logp)
     assert_same(found, tilt(w.ref_logp, -w.r, w.beta), 1e-6)

@@ -70,8 +70,8 @@ def test_bradley_terry_of_large_rewards_is_a_probability(bradley_terry):
 @mistake("preferences do not determine the reward differences", None, "use sigmoid(r_1 - r_2)")
 @given(r=rewards, f=shifts)
 def test_preferences_determine_the_reward_up_to_a_shift(bradley_terry, r, f):
-    """r ~ r' iff r - r' depends on x alone => logit p*(y > y_0) = r - r_0 gives r back up to f(x).
-    Definition 1"""
+    """logit p*(y > y_0) = r(y) - r(y_0) for a fixed y_0  =>  p* determines r up to a shift f(x).
+    Rewards that differ by such a shift are equivalent (Definition 1)."""
     p = bradley_terry(r + f, r[0] + f).double()
     assert_at_most((p.logit() - (r - r[0])).abs(), 1e-9)
 

@@ -1,7 +1,7 @@
 """Derivations as algebra, and identities in exact rationals.
 
-Sympy derives Eq. 4 to 7, 21 and 22 on a generic set of three responses. The results are compared
-with dpo.py, so an error on either side shows.
+Sympy derives Eq. 4 to 7 and the gradient of Eq. 7 on a generic set of three responses. The
+results are compared with dpo.py, so an error on either side shows.
 """
 
 import math
@@ -116,10 +116,10 @@ def test_gradient_of_eq_7_is_that_of_section_4():
 
 
 def test_appendix_a4_as_printed_is_not_the_gradient_of_eq_7():
-    """Two of three transcriptions of App. A.4 print Eq. 21 with y_w and y_l exchanged: the gradient
-    of -log sigma(r_hat_l - r_hat_w). In the definition of u below Eq. 22 they are exchanged too.
-    The last line then has the bracket of Section 4 and the weight sigma(r_hat_w - r_hat_l). Neither
-    Eq. 21 nor the last line, as printed, is the gradient of Eq. 7: Eq. 21 has the wrong sign and
+    """In two of three text versions of App. A.4, Eq. 21 has y_w and y_l exchanged: the gradient of
+    -log sigma(r_hat_l - r_hat_w). In the definition of u below Eq. 22 they are exchanged too. The
+    last line then has the bracket of Section 4 and the weight sigma(r_hat_w - r_hat_l). Neither Eq.
+    21 nor the last line, as printed, is the gradient of Eq. 7: Eq. 21 has the wrong sign and
     weight, the last line the wrong weight. pitfall 31"""
     right = sympy.diff(-sympy.log(sigma(beta * h)), h)
     eq_21_as_printed = sympy.diff(-sympy.log(sigma(-beta * h)), h)
