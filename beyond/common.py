@@ -25,7 +25,7 @@ from torch import Tensor
 import dpo
 import train
 from beyond.losses import split_rows
-from beyond.page import DATASETS, LABELS, machine
+from beyond.page import DATASETS, LABELS, machine, recorded
 from beyond.pairs import Ids, Reward, Sample, Score, rows_of_prompts
 from data import Dataset, decode_rows, label_pairs, load_tokenizer
 from lib import cli, evaluate
@@ -189,9 +189,8 @@ def best_of_n_rows(r: Tensor, lengths: Tensor) -> list[dict]:
 def about(e: Experiment) -> dict:
     """What results.json says about pi_ref, the optimum and the run."""
     r, lengths = e.eval_set.rewards, e.eval_set.lengths
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(e.cfg).items()}
     return {
-        "config": settings,
+        "config": recorded(e.cfg),
         "pairs": len(e.preferences.pairs),
         "pair_accuracy_of_true_reward": accuracy_of_true_reward(e.eval_set),
         "reference": e.eval_set.about,

@@ -160,6 +160,11 @@ def portable(init: str) -> str:
     return "lib/pi_ref.pt" if shipped else init
 
 
+def recorded(cfg: Config) -> dict:
+    """The settings as results.json has them, without folders of this machine."""
+    return vars(cfg) | {"init": portable(cfg.init), "imdb": cfg.imdb and cfg.imdb.name}
+
+
 def command(config: dict) -> str:
     """The command line of a run: the settings that differ from the defaults of its dataset."""
     dataset = config["data"] if config["data"] in ("toy", "imdb") else "own"
@@ -417,7 +422,7 @@ def write_results(
     tokenizer = load_tokenizer(dataset.tokens)
     frontier = {} if dataset.reward is None else optimal_frontier(eval_set.rewards)
     results = {
-        "config": vars(cfg) | {"init": portable(cfg.init), "imdb": cfg.imdb and cfg.imdb.name},
+        "config": recorded(cfg),
         "reference": eval_set.about,
         "points": [evaluation["point"] for _, evaluation in runs.values()],
         "frontier": {

@@ -140,7 +140,7 @@ def test_the_command_repeats_the_run(recorded, content, monkeypatch):
 )
 def test_the_command_tells_the_shipped_pi_ref_from_other_files(init, flags, monkeypatch):
     monkeypatch.chdir(Path(PI_REF).parent.parent)
-    settings = vars(Config("imdb", **PRESETS["imdb"])) | {"init": page.portable(init)}
+    settings = page.recorded(Config("imdb", **PRESETS["imdb"] | {"init": init}))
     command = shlex.split(page.command(json.loads(json.dumps(settings))))
     assert command == ["python", "train.py", "--data", "imdb", *flags]
 
