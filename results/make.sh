@@ -9,9 +9,11 @@ export OMP_NUM_THREADS=1
 
 commands() { # a line for each run: the name of its folder, and the arguments of python
     for seed in 0 1 2; do
-        for labels in bt argmax; do
-            echo figure2-imdb-$labels-$seed -m beyond.figure2 --data imdb --labels $labels --seed $seed
-        done
+        echo figure2-imdb-bt-$seed -m beyond.figure2 --data imdb --seed $seed
+        # without label noise, each beta leads to a larger KL
+        echo figure2-imdb-argmax-$seed -m beyond.figure2 --data imdb --labels argmax --seed $seed \
+            --beta 2.6 2.05 1.62 1.28 1 0.78 0.61 0.47 0.37 0.29 \
+            --ppo-beta 4.3 3.3 2.5 1.9 1.45 1.1 0.73 0.48 0.27
     done
     for seed in 0 1 2; do
         echo imdb-$seed train.py --data imdb --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 \
