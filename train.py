@@ -47,7 +47,7 @@ class Config:
     loss: str = flag("dpo", "dpo, a loss named in beyond/losses.py, or FILE.py:FUNCTION")
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
-    pairs: str = flag("all", "all, or 1 per prompt (toy, imdb)", choices=("all", "best-worst"))
+    pairs: str = flag("all", "all pairs, or 1 a prompt (toy, imdb)", choices=("all", "best-worst"))
     beta: tuple = flag((0.5, 1.0, 2.0), "weights of the KL penalty, one policy each", 1e-4)
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)

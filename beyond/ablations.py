@@ -448,7 +448,7 @@ def draw_certainty(ax, results: dict, points: dict, *seeds: dict) -> str:
         common.label(ax, name, len(h) - 1, h[-1])
         ends[name] = h[-1]
     ax.margins(x=0.15)
-    ax.set(xlabel="epoch", ylabel="h, log-ratio of y_w minus that of y_l, nats")
+    ax.set(xlabel="epoch", ylabel="h: log-ratio of $y_w$,\nminus that of $y_l$, nats")
     return (
         f"labels without noise: h ends at {ends['dpo']:.1f} nats with DPO,\n"
         f"at {ends['ipo']:.1f} with IPO, whose optimum is {best:g}"
