@@ -291,7 +291,8 @@ def label_pairs(completions: Completions, rewards: Tensor, labels: str, seed: in
     if labels == "argmax":
         p = (r[first] > r[second]).float()
         keep &= r[first] != r[second]
-    print(f"{len(keep) - keep.sum():,} of {len(keep):,} pairs are dropped: identical or tied")
+    why = "identical or tied" if labels == "argmax" else "identical"
+    print(f"{len(keep) - keep.sum():,} of {len(keep):,} pairs are dropped: {why}")
     if labels == "soft":
         pairs = torch.cat((pairs, pairs.flip(1)))
         weight = torch.cat((p, 1 - p))

@@ -98,8 +98,8 @@ def optimal_policy(ref_logp: Tensor, r: Tensor, beta: float | Tensor) -> tuple[T
     """log pi_r(y|x) = log pi_ref(y|x) + r(x, y) / beta - log Z(x).  Eq. 4.
 
     ref_logp, r: (..., N) log-probabilities and rewards, in nats, of *all* responses to x. beta
-    broadcasts against r. Returns log pi_r (..., N) and log Z (...). Only the tests list
-    all responses; a language model has too many, so train.py uses `frontier`.
+    broadcasts against r. Returns log pi_r (..., N) and log Z (...). A language model has
+    too many responses to list, so train.py uses `frontier`.
     """
     tilted = ref_logp + r / beta
     log_Z = tilted.logsumexp(-1)
@@ -245,7 +245,7 @@ def train(
     does. normalize: scales the weights of a batch's pairs; by default they sum to 1. On several
     processes, `beyond.distributed` uses the sum over all processes.
 
-    Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall, because the loss only
+    Metrics: those of `pair_metrics`; logp_w and logp_l, which may both fall, because Eq. 7 only
     sees their difference; grad_norm. All are measured before the step.
     """
     device = next(pi_theta.parameters()).device

@@ -47,7 +47,7 @@ class Config:
     loss: str = flag("dpo", "dpo, a loss named in beyond/losses.py, or FILE.py:FUNCTION")
     loss_args: tuple = flag((), "parameters of the loss, as NAME=VALUE")
     labels: str = flag("bt", "how r* labels a pair", choices=("bt", "soft", "argmax"))
-    pairs: str = flag("all", "all pairs, or 1 a prompt (toy, imdb)", choices=("all", "best-worst"))
+    pairs: str = flag("all", "pairs of each prompt; toy, imdb only", choices=("all", "best-worst"))
     beta: tuple = flag((0.5, 1.0, 2.0), "weights of the KL penalty, one policy each", 1e-4)
     seed: int = flag(0, "random seed", 0)
     context: int = flag(24, "tokens of prompt and response together", 8)
@@ -102,7 +102,7 @@ PRESETS = {  # what differs for the other datasets
 }
 
 # `stage("name", f, *args)` returns f(*args), and keeps the result in the output folder, so that a
-# stopped run can continue (lib/stage.py). Modules of beyond/ are loaded where a setting needs them.
+# stopped run can continue (lib/stage.py). Modules of beyond/ are imported where they are used.
 
 # -------------------------------------------------- 1. the dataset
 
@@ -210,7 +210,7 @@ class Training:
     frozen: int  # blocks
     optimizer: str
     lr: float  # the peak
-    epochs: int | None  # None for one epoch, or as many as it takes to reach 100 steps
+    epochs: int | None  # None: enough for 100 steps, and at least one
     batch_size: int  # prompts
     seed: int
 

@@ -1,6 +1,6 @@
 """Six studies, each of a known failure of DPO and of proposed fixes.
 
-    python -m beyond.ablations [train.py's flags] [--studies noise certainty ...]
+    python -m beyond.ablations [most of train.py's flags] [--studies noise certainty ...]
     python -m beyond.ablations --summary DIR DIR ...     # table and figure for finished runs
 
     noise           a fifth of the labels are flipped           DPO, cDPO, robust DPO, IPO
@@ -48,7 +48,7 @@ STUDIES = ("noise", "certainty", "verbosity", "displacement", "epochs", "coverag
 class Config(compare.Config):
     """compare.py's settings, and two more."""
 
-    rounds: int = flag(8, "epochs in the studies certainty, displacement, epochs", 1)
+    rounds: int = flag(8, "epochs in the studies certainty, displacement and epochs", 1)
     studies: tuple = flag(STUDIES, "studies to run", choices=STUDIES)
     methods: tuple = ()  # no flag
     times: float = 1.0

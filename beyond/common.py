@@ -105,7 +105,7 @@ def training(cfg: train.Config, lr: float, epochs: int | None = None) -> train.T
 
 
 def evaluated(stage: Stage, name: str, e: Experiment, policy: dict) -> dict:
-    """Evaluate a policy as a stage. At beta 1, r_hat is the change in log pi."""
+    """Evaluate a policy as a stage, with beta 1, so that r_hat is the change in log pi."""
     args = e.reference, e.dataset, e.eval_set, 1.0, e.ev, e.device
     return stage(f"eval-{name}", evaluate.evaluate_policy, policy, *args)["point"]
 

@@ -1,11 +1,12 @@
 """The methods of losses.py and pairs.py compared with DPO, from one pi_ref and the same prompts.
 
-    python -m beyond.compare [train.py's flags] [--methods dpo ipo ...]
+    python -m beyond.compare [most of train.py's flags] [--methods dpo ipo ...]
     python -m beyond.compare --summary DIR DIR ...     # table and figure for finished runs
 
-As in train.py, but with 375 fine-tuning steps, 3,000 prompts, 4 completions per prompt and 48
-samples of pi_theta per evaluation prompt. Each method is run at two settings, for instance
-two betas. Methods differ in the loss and its learning rate, and some also in the pairs.
+The defaults are train.py's, except on the toy dataset: 375 fine-tuning steps, 3,000 prompts, 4
+completions per prompt and 48 samples of pi_theta per evaluation prompt. Each method is run at two
+settings, for instance two betas. Methods differ in the loss and its learning rate, and some also in
+the pairs.
 
 Learning rates: DPO's follow train.py's rule. Those of the other losses were set by the size of the
 loss's gradient. On seed 100, which is not reported, dpo to dpop (in the order of METHODS) trained
@@ -173,7 +174,7 @@ METHODS = {
         losses.dpop,
         {"beta": BETA, "lam": 1.0},
         (0.4, 0.8),
-        "each nat that y_w loses costs one nat of margin",
+        "each nat by which log pi(y_w) falls lowers the margin by beta more nats",
     ),
     "r_dpo": Method(
         losses.r_dpo,
@@ -205,7 +206,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """train.py's settings with other defaults, so that all methods run in a few minutes."""
+    """train.py's settings with other defaults, so that all methods run in about ten minutes."""
 
     loss: str = "dpo"  # no flag, like the next three
     loss_args: tuple = ()
@@ -311,8 +312,8 @@ COLUMNS = {
     "length": "length",
     "win_rate": "win rate",
     "fraction_of_optimal": "fraction",
-    "r_hat_w": "log pi(y_w)",
-    "r_hat_l": "log pi(y_l)",
+    "r_hat_w": "change in log pi(y_w)",
+    "r_hat_l": "change in log pi(y_l)",
     "z_0": "z_0",
 }
 

@@ -262,7 +262,7 @@ def further_outputs(function: Callable, where: dict, example: tuple) -> dict[str
 
 
 def theorems() -> list[Callable]:
-    """All theorems that take only offered functions, in the order of the report."""
+    """All theorems whose arguments are all in OFFERS or DERIVED, in the order of the report."""
     modules = [importlib.import_module(name) for name in THEOREMS]
     tests = [f for module in modules for key, f in vars(module).items() if key.startswith("test_")]
     return [test for test in tests if needs(test) and set(needs(test)) <= {*OFFERS, *DERIVED}]

@@ -1,6 +1,6 @@
 """Two experiments behind figure 2: when does PPO with a learned reward gain more than DPO?
 
-    python -m beyond.explain [train.py's flags] [--sizes N N ...]
+    python -m beyond.explain [most of train.py's flags] [--sizes N N ...]
     python -m beyond.explain --summary DIR DIR ...     # verdicts for finished runs
 
 pairs   DPO and PPO trained on preferences for 200, 1,000 and 5,000 prompts. PPO's reward model is

@@ -1,6 +1,6 @@
 """Figure 2 (left) of the paper with all of its methods: gain in true reward against KL.
 
-    python -m beyond.figure2 [train.py's flags] [--methods DPO PPO ...]
+    python -m beyond.figure2 [most of train.py's flags] [--methods DPO PPO ...]
     python -m beyond.figure2 --summary DIR DIR ...     # the paper's claims, for finished runs
 
     DPO             Eq. 7, at each --beta
@@ -15,8 +15,8 @@ run is left out because of its reward, so the mean of a curve over seeds is not 
 unlike the mean of a hull over noisy points.
 
 The curve is broken between runs whose KLs differ by more than a factor of 1.6. Table entries in
-such a gap are in brackets, and verdicts do not use them. A verdict needs three seeds and a 95%
-interval that excludes 0.
+such a gap are in brackets, and verdicts do not use them. A verdict needs three seeds; "seen" and
+"reversed" also need a 95% interval that excludes 0.
 
 The paper's reward is a probability, which saturates. Ours is a logit, in nats, like the oracle of
 EXO (2402.00856). Tables and figure show both: the gain in r*, and P(positive), the mean of
@@ -503,7 +503,8 @@ def draw_cost(ax, results: dict, limit: float):
             seconds = shared + np.cumsum([p["seconds"] - shared for p in points])
             best = np.maximum.accumulate([p["gain"] * (p["kl"] <= limit) for p in points])
             ax.step(seconds, best, marker, ls="-", color=color, ms=4, where="post")
-    ax.set(xlabel="seconds of training, all runs so far", ylabel="largest gain so far, nats")
+    ax.set_xlabel("seconds of sampling and training, all runs so far")
+    ax.set_ylabel("largest gain so far, nats")
 
 
 def draw_methods(ax, results: dict, y: str, end: float):

@@ -5,7 +5,7 @@
     m       log pi_theta(y|x) / |y|, in nats per token
     s       the logistic function
 
-Every function takes token log-probabilities logps (R, T), a batch, beta and its own parameters. It
+Every loss takes token log-probabilities logps (R, T), a batch, beta and its own parameters. It
 returns losses, r_hat_w and r_hat_l, (n,) each. With its parameters fixed it is a `dpo.Loss`, for
 instance `partial(cdpo, beta=0.1, epsilon=0.2)`. The implicit reward r_hat is beta times the
 log-ratio unless stated otherwise.

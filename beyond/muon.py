@@ -33,10 +33,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalized updates, for matrices. Jordan et al. 2024.
-
-    Computes the same update as `torch.optim.Muon`, which always uses bfloat16.
-    """
+    """Momentum with orthogonalized updates, for matrices (see above)."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -3,7 +3,7 @@
 `write_results` writes out/results.json after each beta; everything else comes from that file,
 except r* on IMDb, which is in dataset.pt. train.py draws the figures and the page when it ends, and
 `python -m beyond.page out` redraws them. The page is self-contained. In the samples, the colour of
-a word is its contribution in context: r*(text) - r*(text without the word), in nats. Words that
+a word shows its contribution in context: r*(text) - r*(text without the word), in nats. Words that
 raise r* are green and underlined, and words that lower it are red with a dotted underline; blue and
 orange stand for pi_ref and pi_theta.
 """
@@ -161,7 +161,7 @@ def portable(init: str) -> str:
 
 
 def recorded(cfg: Config) -> dict:
-    """The settings as results.json has them, without folders of this machine."""
+    """The settings for results.json, without the folders of --imdb and of the shipped pi_ref."""
     return vars(cfg) | {"init": portable(cfg.init), "imdb": cfg.imdb and cfg.imdb.name}
 
 
@@ -229,7 +229,7 @@ def colour_key(reward: Reward | None) -> str:
         )
     words = f"{coloured('green, underlined', STRONG)}, {coloured('red, dotted', -STRONG)}"
     return (
-        "<p>r*: the true reward of prompt and response, in nats. The colour of a word is its "
+        "<p>r*: the true reward of prompt and response, in nats. The colour of a word shows its "
         f"contribution in context, r*(text) - r*(text without it). Key: {words}: raises or lowers "
         f"r* by {STRONG:g} nat or more; paler: by less; no colour: by less than {VISIBLE:g}. "
         "The bar at the left is blue for pi_ref and orange for trained policies.</p>"

@@ -42,7 +42,7 @@ CONTEXT = 48  # tokens
 ROUND = 100  # steps whose texts are drawn together
 ROUNDS_PER_CHECKPOINT = 4
 TEMPERATURE = 0.85  # of pi_ref, because a small model invents too many words at 1
-BIAS_SCALE = 80.0  # a step moves a token's logit, by its bias, 80^2 times as far: docs/imdb.md
+BIAS_SCALE = 80.0  # an SGD step changes the scaled bias 80^2 times as much: docs/imdb.md
 
 
 @dataclass(frozen=True)

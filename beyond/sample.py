@@ -7,7 +7,8 @@
     python -m beyond.sample out --pairs                    held-out pairs, extreme margins
 
 Each completion is shown with r*, the true reward of prompt and completion in nats, if the run has
-one, and with log pi_theta(y|x) / pi_ref(y|x) in nats. All policies use the same random numbers.
+one, and with log pi_theta(y|x) / pi_ref(y|x) in nats, unless only one checkpoint is given or
+pi_ref is missing. All policies use the same random numbers.
 """
 
 import argparse
@@ -266,7 +267,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("run", type=Path, help="the folder of a run, or a checkpoint")
     add("prompt", nargs="?", help="the beginning of a text; without it, prompts are asked for")
-    add("--n", type=cli.at_least(1), default=4, help="completions, or pairs, of each kind (4)")
+    add("--n", type=cli.at_least(1), default=4, help="completions per policy, or pairs per end (4)")
     add("--seed", type=cli.at_least(0), default=0, help="random seed (0)")
     add("--temperature", type=cli.at_least(0.01), default=1.0, help="sampling temperature (1)")
     add("--device", type=cli.usable_device, default="cpu", help="cpu, cuda or mps (cpu)")

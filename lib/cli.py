@@ -71,7 +71,8 @@ def parse(prog: str, doc: str, settings: type, presets: dict, argv: list[str], o
         parser.set_defaults(**{field.name: default})
         if field.metadata:
             how = dict(field.metadata)
-            how["help"] += f" ({default})" if default else ""
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            how["help"] += f" ({shown})" if default else ""
             parser.add_argument("--" + field.name.replace("_", "-"), **how)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda or mps")

@@ -51,7 +51,10 @@ def collate(rows: TokenLists, starts: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def by_length(function: Callable, pi: GPT, ids: Tensor, mask: Tensor, what: str) -> Tensor:
-    """function(ids, mask) of R rows, in batches of rows of similar length, with logits of 16 MB."""
+    """function(ids, mask) of R rows, in batches of rows of similar length.
+
+    The logits of a batch take at most 16 MB, unless those of a single row take more.
+    """
     order = row_lengths(mask).argsort()
     rows = max(1, (1 << 22) // (pi.config.context * pi.config.vocab_size))
     batches = tqdm(order.split(rows), what, delay=1)

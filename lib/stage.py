@@ -4,8 +4,8 @@
 
 The key of a result covers
 
-- the code of the function: its syntax tree without comments and docstrings, and that of every
-  project function, class and constant it refers to, in any file;
+- the code of the function: its syntax tree without comments and docstrings, that of every project
+  function and class it refers to, and the value of every constant, in any file;
 - the arguments by value: a tensor or a file at a `Path` by content, a callable by its code;
 - the versions of Python and torch, and whether the device supports bfloat16.
 
@@ -41,7 +41,7 @@ INSTALLED = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")
 
 
 def stage_key(function: Callable, args: tuple) -> str:
-    """A checksum of everything that can influence function(*args).
+    """A checksum of the function, its arguments and the versions, as described above.
 
     Raises TypeError or PicklingError for an argument that cannot be pickled, such as a generator.
     """
