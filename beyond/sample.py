@@ -267,7 +267,12 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("run", type=Path, help="the folder of a run, or a checkpoint")
     add("prompt", nargs="?", help="the beginning of a text; without it, prompts are asked for")
-    add("--n", type=cli.at_least(1), default=4, help="completions per policy, or pairs per end (4)")
+    add(
+        "--n",
+        type=cli.at_least(1),
+        default=4,
+        help="completions per policy, or pairs at each end (4)",
+    )
     add("--seed", type=cli.at_least(0), default=0, help="random seed (0)")
     add("--temperature", type=cli.at_least(0.01), default=1.0, help="sampling temperature (1)")
     add("--device", type=cli.usable_device, default="cpu", help="cpu, cuda or mps (cpu)")
