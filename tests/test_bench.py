@@ -47,7 +47,7 @@ def test_every_task_is_timed_in_every_supported_dtype(run):
     assert (skipped in printed) != has_units and (torch.bfloat16 in dtypes) == has_units
 
 
-def test_all_implementations_take_the_same_step(run):
+def test_all_implementations_start_at_the_same_loss(run):
     """The first loss of each equals the core's, up to rounding in bfloat16, and is not ln 2."""
     _, _, results, _ = run
     cores = [row["loss"] for row in results["rows"] if row["who"] == "core"]

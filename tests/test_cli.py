@@ -86,7 +86,7 @@ BAD_FLAGS = {  # pitfall 29: an unknown or unusable flag is an error
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the empty lock."""
+    """All files that are neither empty, as the lock is, nor compiled Python."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     files = {str(path): path.read_bytes() for path in paths}
     return {path: content for path, content in files.items() if content}
@@ -172,7 +172,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_any_bytes_are_read_or_refused_in_one_line(reader, tmp_path):
+def test_any_bytes_are_read_or_refused_by_name(reader, tmp_path):
     (read, good), path = READERS[reader], tmp_path / "file"
 
     @settings(max_examples=40)
@@ -233,7 +233,7 @@ def raising(error: Exception):
         (lambda: {}["bug"], False, KeyError),
     ],
 )
-def test_one_line_for_bad_input_and_full_memory_or_disk_a_traceback_for_bugs_and_debug(
+def test_bad_input_and_full_memory_or_disk_give_one_line_but_bugs_and_debug_a_traceback(
     work, debug, shown, tmp_path, capsys
 ):
     if isinstance(shown, str):

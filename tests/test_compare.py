@@ -185,7 +185,7 @@ def test_a_summary_is_the_table_and_the_figure_for_its_folders(run, tmp_path, ca
     assert (tmp_path / "name2.png").stat().st_size > 10_000
 
 
-def test_figures_over_seeds_show_means():
+def test_results_are_averaged_over_seeds():
     """Numbers are averaged, None and False win, and of anything else the first is kept."""
     one = {"points": [{"kl": 1.0, "gain": None, "method": "DPO", "reliable": True}]}
     two = {"points": [{"kl": 2.0, "gain": 3.0, "method": "DPO", "reliable": False}]}

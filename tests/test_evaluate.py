@@ -126,7 +126,8 @@ def test_evaluation_during_training_is_what_plain_arithmetic_gives(toy, other, t
 def test_regret_is_zero_at_the_optimum_and_undefined_for_argmax_labels(labels):
     """The optimum of Eq. 4 at beta 2, and a policy that has 0.3 nats less at the same KL.
 
-    Nothing but the fraction is known for argmax labels, and where the sample is too small.
+    For argmax labels, only the fraction is known. If the sample is too small, the regret is
+    unknown.
     """
     r = torch.randn(20, 512, generator=torch.Generator().manual_seed(0)).double()
     w = (r / 2).softmax(1)

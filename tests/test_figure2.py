@@ -38,7 +38,7 @@ def two_words() -> Preferences:
     return to_preferences([((260 + p,), (300, end), (301, end)) for p in range(40)])
 
 
-def test_baseline_losses_are_their_formulas():
+def test_baseline_losses_equal_their_formulas():
     """Preferred-FT: -log pi(y_w). Unlikelihood: -log pi(y_w) + alpha log pi(y_l)."""
     batch = two_words()
     logps = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(0))
@@ -208,5 +208,5 @@ def test_the_experiments_table_compares_fractions_over_seeds():
     assert unknown.endswith("|  |  |")
 
 
-def test_ppo_freezes_the_blocks_that_dpo_freezes():
+def test_ppo_gets_the_setting_frozen():
     assert figure2.ppo_config(figure2.Config(frozen=3), 0.5).frozen == 3

@@ -129,7 +129,7 @@ def span(values: list[float]) -> str:
     return f"{min(values):.0%} to {max(values):.0%}"
 
 
-def test_fraction_of_the_optimum_is_the_range_over_seeds():
+def test_fractions_of_the_optimum_are_those_of_the_results():
     """Toy dataset: the mean and the range of all runs. IMDb: the range of the means over seeds"""
     fractions = fractions_of("toy")
     assert f"({len(results('toy'))} seeds; single runs {span(fractions)}," in README

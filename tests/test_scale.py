@@ -96,24 +96,15 @@ def test_state_is_what_parameters_gradients_and_adamw_hold():
 
 @pytest.mark.parametrize("W", [2, 5])
 def test_bytes_sent_are_those_of_rings(W):
-    """W GPUs pass chunks to their neighbour: to reduce-scatter, then to all-gather, N numbers each
-    time => all hold the sum, and each has sent (W - 1) / W of N twice."""
-    numbers = torch.randn(W, W, 7, dtype=torch.double)  # GPU, chunk, numbers of a chunk
-    have = numbers.clone()
-    for step in range(2 * (W - 1)):
-        before = have.clone()
-        for gpu in range(W):
-            chunk, neighbour = (gpu - step) % W, (gpu + 1) % W
-            reduced = before[neighbour, chunk] if step < W - 1 else 0
-            have[neighbour, chunk] = before[gpu, chunk] + reduced
-    torch.testing.assert_close(have, numbers.sum(0).expand(W, W, 7))
-    once = (W - 1) / W * scale.parameters(SMALL)  # numbers that each GPU sends, a chunk a step
+    """In a ring of W GPUs, each sends (W - 1) / W of N numbers to reduce-scatter them, and as many
+    to all-gather them."""
+    once = (W - 1) / W * scale.parameters(SMALL)
     again = (W - 1) / W * SMALL.n_layer * scale.block_parameters(SMALL)
     assert scale.communication(SMALL, W) == pytest.approx(once * (2 + 4) + again * 2)
     assert scale.communication(SMALL, W, reshard_after_forward=False) == pytest.approx(once * 6)
 
 
-def test_resharding_saves_memory_and_costs_communication():
+def test_resharding_saves_memory():
     """Without it, all blocks stay gathered in bfloat16 between the passes, not only two."""
     c = scale.MODELS["7B"]
     saved = [scale.memory(c, 512, W, False) - scale.memory(c, 512, W, True) for W in (1, 8)]

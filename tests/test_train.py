@@ -52,7 +52,7 @@ def test_results_json_is_complete(kind, request):
     assert bool(results["frontier"]) == known
 
 
-def test_preferences_are_on_sampled_ids_scored_once(toy):
+def test_preferences_hold_the_sampled_ids_and_their_reference_log_probabilities(toy):
     """No text is decoded and encoded again. pitfalls 8, 9, 18, 28"""
     (ids, _, _), _ = toy.returned["completions"]
     preferences = toy.returned["preferences"]

@@ -1,7 +1,7 @@
 """Points the theorems at dpo.py: an argument named like an offered function receives that function.
 
-`offer.py` has the functions that this project offers, some of them written
-differently from those in dpo.py.
+`offer.py` has the functions that this project offers, some of them adapted to the arguments that
+the theorems expect.
 """
 
 from pathlib import Path

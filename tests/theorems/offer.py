@@ -45,7 +45,8 @@ def training_step(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimize
 def pair_batch(logp_w, logp_l, ref_logp_w, ref_logp_l, length_w=None, length_l=None):
     """Log-probabilities of n pairs as logps (2n, T) and a batch, as a `dpo.Loss` takes them.
 
-    Each response has its length, 1 unless given, and its tokens share its log-probability.
+    Each response has its length, 1 unless given, and its log-probability is divided
+    equally among its tokens.
     """
     ones = torch.ones(len(logp_w), dtype=torch.long)
     length = rows(ones, ones) if length_w is None else rows(length_w, length_l).long()

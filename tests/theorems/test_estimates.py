@@ -36,7 +36,7 @@ def test_optimal_frontier_has_one_beta_for_all_prompts_and_pools_no_samples():
     assert_same(np.stack((found["reward"], found["kl"]), -1), expected)
 
 
-def test_optimal_frontier_is_reliable_where_there_are_enough_samples():
+def test_optimal_frontier_is_reliable_only_where_there_are_enough_samples():
     """Reliable => the mean effective sample size is at least 40 there and at every larger beta;
     with 30 samples nothing is reliable"""
     reliable = evaluate.optimal_frontier(REF_R)["reliable"]

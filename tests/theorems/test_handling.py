@@ -78,7 +78,7 @@ def test_scoring_the_reference_draws_no_random_number(reference_logps):
 @mistake("an end token is added to a cut response", 11, "keep the ids as sampled")
 @given(x=token_lists, y=token_lists)
 def test_no_end_token_is_added(collate, x, y):
-    """A response without end token  =>  its ids are kept as they are.  pitfalls 9, 11"""
+    """A response without end token  =>  the mask holds no end token.  pitfalls 9, 11"""
     eos = 6
     ids, mask = collate([x], [y], eos, 20)
     assert eos not in ids[mask], f"the mask holds {ids[mask].tolist()}, the response is {y}"
@@ -87,7 +87,7 @@ def test_no_end_token_is_added(collate, x, y):
 @mistake("the mask is ids != pad, where pad = eos", 10, "build it from lengths")
 @given(x=token_lists, y=token_lists)
 def test_mask_covers_an_end_token_that_equals_the_padding(collate, x, y):
-    """pad = eos  =>  the mask holds the response with its end token, once.  pitfall 10"""
+    """pad = eos  =>  the last token under the mask is the end token.  pitfall 10"""
     eos = 5
     y = [0, *[t for t in y if t != eos], eos]
     ids, mask = collate([x, x], [y, [0, *y]], eos, 20)
@@ -207,7 +207,8 @@ def test_training_and_evaluation_mode_are_the_same_function(make_model):
 
 @mistake("half-precision weights swallow small steps", 16, "keep float32 weights; use autocast")
 def test_weights_are_at_least_float32(make_model):
-    """All parameters are float32 or better => a step of 1e-6 moves a weight near 1. pitfall 16"""
+    """All parameters are float32 or float64, in which a step of 1e-6 moves a weight near 1.
+    pitfall 16"""
     assert {p.dtype for p in make_model(V, 6).parameters()} <= {torch.float32, torch.float64}
 
 
@@ -216,8 +217,3 @@ def test_rows_of_a_batch_are_independent(make_model):
     """A row alone, or beside others  =>  the same logits.  pitfall 26"""
     pi = make_model(V, 6).eval()
     assert_same(pi(torch.cat((IDS, 1 - IDS)))[:1], pi(IDS), 1e-5)
-
-
-def test_reference_of_a_trained_policy_is_that_policy(make_reference):
-    """A copy of a policy has its log-probabilities.  pitfall 28"""
-    assert_same(make_reference(bigram(3)).logits, bigram(3).logits)

@@ -102,8 +102,8 @@ def test_log_probability_is_never_positive(response_logps, batch):
 @mistake("no label shift: logits at t score token t", 1, "score ids[:, 1:] with logits[:, :-1]")
 @given(batch=batches)
 def test_token_is_scored_by_the_logits_before_it(response_logps, batch):
-    """Token t + 1 is y_k  =>  d log pi(y|x) / d logits at t points along one_hot(y_k) - pi, and
-    logits that predict no token have gradient 0.  pitfall 1"""
+    """Token t + 1 is y_k  =>  d log pi(y|x) / d logits at t is >= 0 for y_k and <= 0 for other
+    tokens, and 0 at the last position.  pitfall 1"""
     ids, mask = batch
     used = logits_used(response_logps, ids, mask)
     assert (used[:, -1].abs() < 1e-6).all(), "the logits at the last position are used"
@@ -115,7 +115,7 @@ def test_token_is_scored_by_the_logits_before_it(response_logps, batch):
 @mistake("the first response token is dropped", 2, "mask ids[:, 1:] with mask[:, 1:]")
 @given(batch=long_batches)
 def test_first_response_token_counts(response_logps, batch):
-    """y_1 has a weight in log pi(y|x).  pitfall 2"""
+    """y_1 has a nonzero weight in log pi(y|x).  pitfall 2"""
     ids, mask = batch
     weights = token_weights(response_logps, ids, mask)
     assert (weights[mask & (mask.cumsum(-1) == 1)].abs() > 1e-3).all(), shown(weights, mask)
@@ -124,7 +124,7 @@ def test_first_response_token_counts(response_logps, batch):
 @mistake("the end token is masked", 10, "build the mask from lengths, not from ids != pad")
 @given(batch=long_batches)
 def test_last_response_token_counts(response_logps, batch):
-    """The last token of y, its end token, has a weight in log pi(y|x).  pitfall 10"""
+    """The last token of y, its end token, has a nonzero weight in log pi(y|x).  pitfall 10"""
     ids, mask = batch
     last = mask & ~mask.roll(-1, 1)
     weights = token_weights(response_logps, ids.masked_fill(last, END), mask)  # like the padding
@@ -172,7 +172,8 @@ def test_log_probability_is_a_sum_over_tokens(response_logps, batch):
 @mistake("log-softmax in low precision", 15, "logits.float().log_softmax(-1)")
 @given(seed=seeds)
 def test_log_probabilities_are_float32_whatever_the_model_computes_in(response_logps, seed):
-    """bfloat16 logits  =>  log pi(y|x) as for the same numbers in float32.  pitfall 15"""
+    """bfloat16 logits  =>  log pi(y|x) as for the same numbers in float64, up to 1e-5.
+    pitfall 15"""
     low = Bigram(uniform((V, V), -3.0, 3.0, seed).bfloat16())
     same = Bigram(low.logits.detach().double())
     batch = rows([0], responses([0]))
@@ -184,7 +185,7 @@ def test_log_probabilities_are_float32_whatever_the_model_computes_in(response_l
 @mistake("rows of a batch are mixed up", 3, "sum over the token dimension only")
 @given(batch=batches, seed=seeds)
 def test_batch_mates_are_invisible(response_logps, batch, seed):
-    """A row alone, or in a batch in any order  =>  the same log pi(y|x).  pitfalls 3, 26"""
+    """A row alone, or in a batch in reverse order  =>  the same log pi(y|x).  pitfall 3"""
     ids, mask = batch
     pi = bigram(seed)
     together = response_logps(pi, ids.flip(0), mask.flip(0)).flip(0)
@@ -195,7 +196,7 @@ def test_batch_mates_are_invisible(response_logps, batch, seed):
 @mistake("an attention mask hides the response", 4, "the attention mask must hide padding only")
 @given(seed=seeds, prompt=st.integers(1, 3))
 def test_model_sees_prompt_and_earlier_tokens(response_logps, seed, prompt):
-    """pi(y_k | y_<k, x) depends on x and y_<k  =>  log pi(y|x) is that of the chain rule, token by
+    """pi depends on the preceding token  =>  log pi(y|x) is that of the chain rule, token by
     token.  pitfall 4"""
     pi = bigram(seed)
     ids, mask = batch_of(prompt, [3], seed)
@@ -352,10 +353,3 @@ def test_kl_estimate_is_the_sum_of_token_kls():
     found = dpo.sequence_kl(pi_theta, pi_ref, *rows(x, responses(x)))
     assert_same(found, token_kl)
     assert not found.requires_grad
-
-
-def test_reverse_kl_is_distinguished_from_forward_kl():
-    """The two models here have KL(pi_theta, pi_ref) != KL(pi_ref, pi_theta):
-    `test_mean_of_each_kl_estimate_is_the_sequence_kl` would detect the wrong one.  pitfall 32"""
-    theta, ref = enumerated(gpt(0), [0]), enumerated(gpt(1), [0])
-    assert abs(kl(theta, ref) - kl(ref, theta)) > 0.01

@@ -47,7 +47,8 @@ def test_gradient_reaches_both_responses(dpo_loss, p):
 @mistake("sigmoid(z) underflows to 0", 15, "one function: torch.nn.functional.logsigmoid(z)")
 @given(z=st.integers(100, 20_000).map(float))
 def test_loss_of_a_hopeless_pair_is_finite(dpo_loss, z):
-    """L_DPO(-5) as in Eq. 7  =>  L_DPO(-z) = z for z >> 0, where s(-z) underflows.  pitfall 15"""
+    """z >= 100  =>  the loss at beta h = -z is finite, although s(-z) may underflow. If the loss at
+    beta h = -5 is that of Eq. 7, it is z.  pitfall 15"""
     loss = at_margin(dpo_loss, -z, 1.0)
     assert torch.isfinite(loss).all(), f"the loss at beta h = {-z} is {loss.item()}"
     near = at_margin(dpo_loss, -5.0, 1.0).double()
@@ -133,7 +134,7 @@ def test_wrongly_ranked_pair_has_the_larger_gradient(dpo_loss, h, beta):
 @mistake("label smoothing (conservative DPO)", None, "no smoothing: the loss must tend to 0")
 @given(z=st.integers(30, 60), beta=betas)
 def test_loss_of_a_confidently_ranked_pair_tends_to_zero(dpo_loss, z, beta):
-    """z >> 0  =>  L_DPO <= exp(-z).  Eq. 7"""
+    """z >= 30  =>  L_DPO <= 2^-30.  Eq. 7"""
     assert_at_most(at_margin(dpo_loss, z / beta, beta), 2.0**-30)
 
 
@@ -167,8 +168,9 @@ def test_loss_is_minus_log_likelihood_of_the_preference(dpo_loss, p):
 @mistake("the gradient's weight is Appendix A.4's", 31, "s(r_hat_l - r_hat_w), as in Section 4")
 @given(h=margins.filter(bool), beta=betas)
 def test_gradient_tells_the_main_text_from_appendix_a4(dpo_loss, h, beta):
-    """The gradient's weight is s(r_hat_l - r_hat_w), as in Section 4.  The last line of App. A.4
-    prints s(r_hat_w - r_hat_l), which is 1 minus it and equal at h = 0 alone.  pitfall 31"""
+    """The gradient's weight is s(r_hat_l - r_hat_w), as in Section 4. The last line of App. A.4
+    prints s(r_hat_w - r_hat_l), which is 1 minus that weight and equals it only at h = 0.
+    pitfall 31"""
     at = number([h]).requires_grad_()
     weight = -torch.autograd.grad(at_margin(dpo_loss, at, beta).sum(), at)[0] / beta
     main_text, appendix = torch.sigmoid(number([-beta * h, beta * h]))

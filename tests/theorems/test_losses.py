@@ -217,7 +217,7 @@ def in_plain_numbers(logps, batch):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=seeds, values=parameters)
-def test_loss_is_its_formula(name, seed, values):
+def test_loss_equals_its_formula(name, seed, values):
     """Responses of unequal lengths, prompts with unequal numbers of them  =>  losses and r_hat of
     each pair equal the formula in plain loops, with a sum over tokens unless it says mean.
     pitfalls 5, 6"""
@@ -252,7 +252,7 @@ def test_robust_loss_of_one_pair_has_no_lower_bound(beta, epsilon, h):
 @given(beta=betas, p=parts, off=tenths)
 def test_ipo_is_smallest_at_a_finite_margin(beta, p, off):
     """y_w wins with probability p  =>  IPO has its minimum at h = (2p - 1) / (2 beta), and exceeds
-    it by d^2 at a distance d.  pitfall 6"""
+    it by d^2 at a distance d"""
     loss, h = partial(losses.ipo, beta=beta), (2 * p - 1) / (2 * beta)
     assert_same(slope(loss, h, 0.0, **both_orders(p)), [0.0, 0.0])
     least, *others = (
@@ -388,7 +388,7 @@ def test_hard_sppo_fixes_both_log_ratios(beta, p, c):
 
 @given(w=optimiser_worlds, c=shifts)
 def test_sppo_with_probabilities_fixes_every_log_ratio(w, c):
-    """Soft labels of all pairs  =>  SPPO is 0 iff each log-ratio is (P - 1/2) / beta, where P is
+    """Soft labels of all pairs  =>  SPPO is 0 if each log-ratio is (P - 1/2) / beta, where P is
     the mean of p*(y > y') over the other y'; adding c to all costs 2 c^2 per pair"""
     batch = population(w.ref_logp, w.r)
     p = torch.sigmoid(w.r[:, None] - w.r)

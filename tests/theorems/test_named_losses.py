@@ -30,7 +30,7 @@ def nats(z) -> Tensor:
     return torch.nn.functional.softplus(-torch.as_tensor(z, dtype=torch.float64))
 
 
-@mistake("a mean over tokens or a factor in IPO's target", 6, "(h - 1 / (2 tau))^2, h from sums")
+@mistake("a factor in IPO's margin or target", 6, "(h - 1 / (2 tau))^2, h from sums")
 @given(tau=betas)
 def test_ipo_is_least_at_its_target_margin(ipo_loss, tau):
     """IPO = (h - 1 / (2 tau))^2  =>  0 at h = 1 / (2 tau).  pitfall 6"""
@@ -98,7 +98,7 @@ def test_dpo_positive_is_dpo_iff_the_chosen_response_has_not_fallen(dpop_loss, p
 @mistake("wrong sign of the length penalty", None, "-log s(z + alpha (|y_w| - |y_l|))")
 @given(h=margins, beta=betas, alpha=small, w=st.integers(1, 9), l=st.integers(1, 9))
 def test_length_difference_is_added_to_the_margin(r_dpo_loss, h, beta, alpha, w, l):
-    """R-DPO = -log s(z + alpha (|y_w| - |y_l|)), whose optimum is tilt(r - alpha length)"""
+    """R-DPO = -log s(z + alpha (|y_w| - |y_l|))"""
     found = r_dpo_loss(*at(h), number([w]), number([l]), beta, alpha)
     assert_same(found, [nats(beta * h + alpha * (w - l))])
 

@@ -2,6 +2,8 @@
 
 With Bradley-Terry labels from r, pairs that connect all responses, and a policy class that contains
 the optimum, the only minimiser of L_DPO (Eq. 7) is the optimal policy of Eq. 4.
+
+s is the logistic function, and z = r_hat_w - r_hat_l.
 """
 
 import dataclasses
@@ -90,8 +92,8 @@ def test_dpo_on_the_population_finds_the_optimal_policy(w, seed):
 
 @given(w=optimiser_worlds, seed=seeds)
 def test_exchanged_responses_reverse_the_reward(w, seed):
-    """y_w and y_l exchanged in Eq. 7, as in the README  =>  the minimiser is the optimum for -r,
-    and has at most the reward of pi_ref. Eq. 4 and 7"""
+    """y_w and y_l exchanged in Eq. 7, an experiment that README.md suggests  =>  the minimiser is
+    the optimum for -r, and has at most the reward of pi_ref. Eq. 4 and 7"""
     batch = population(w.ref_logp, w.r, connected(len(w.r), seed))
     found = fit(dataclasses.replace(batch, pairs=batch.pairs.flip(1)), w.beta, w.ref_logp)
     assert_same(found, tilt(w.ref_logp, -w.r, w.beta), 1e-6)
@@ -103,8 +105,9 @@ def test_exchanged_responses_reverse_the_reward(w, seed):
 
 @given(w=optimiser_worlds, v=optimiser_worlds, c=st.integers(-12, 12).map(lambda k: k / 4))
 def test_mass_moves_between_unconnected_responses_at_no_loss(w, v, c):
-    """Fails without connection: no pair joins two groups of responses  =>  L is the same however
-    mass is split between them, and minimisers agree with pi_r within each group only.  Eq. 7"""
+    """The theorem fails without connection: no pair joins two groups of responses  =>  L is the
+    same however mass is split between them, and minimisers agree with pi_r within each group only.
+    Eq. 7"""
     n, N = len(w.r), len(w.r) + len(v.r)
     ref_logp, r = torch.cat((w.ref_logp, v.ref_logp)).log_softmax(-1), torch.cat((w.r, v.r))
     inside = [(i, j, 1.0) for i in range(N) for j in range(i) if (i < n) == (j < n)]
@@ -124,7 +127,8 @@ def test_mass_moves_between_unconnected_responses_at_no_loss(w, v, c):
 
 @given(w=optimiser_worlds, c=st.integers(-12, 12).map(lambda k: k / 4))
 def test_response_in_no_pair_takes_any_mass_at_no_loss(w, c):
-    """Fails without support: a response in no pair => L is independent of its probability. Eq. 7"""
+    """The theorem fails without support: a response in no pair => L is independent of its
+    probability. Eq. 7"""
     N = len(w.r)
     assume(N > 2 and c != 0)
     seen = [(i, j, 1.0) for i in range(1, N) for j in range(1, i)]
@@ -137,7 +141,8 @@ def test_response_in_no_pair_takes_any_mass_at_no_loss(w, c):
 
 @given(w=worlds)
 def test_response_with_zero_reference_probability_keeps_probability_zero(w):
-    """Fails without support: pi_ref(y) = 0  =>  pi_r(y) = 0, whatever its reward.  Eq. 4"""
+    """The theorem fails without support: pi_ref(y) = 0  =>  pi_r(y) = 0, whatever its
+    reward.  Eq. 4"""
     ref_logp = torch.cat((w.ref_logp, number([-math.inf])))
     best, _ = dpo.optimal_policy(ref_logp, torch.cat((w.r, number([1000.0]))), w.beta)
     assert best[-1].exp() == 0
@@ -169,9 +174,9 @@ def best_in_class(r) -> torch.Tensor:
 
 
 def test_misspecified_class_can_prefer_the_worse_response_and_lose_reward():
-    """Fails without realisability: one-parameter softmax, r = (1, 0, -1), pairs mostly (1, 2)
-    =>  DPO raises the worst response most and has less reward than pi_ref; the optimum of Eq. 3
-    within the class does not.  Eq. 3 and Eq. 7"""
+    """The theorem fails without realisability: one-parameter softmax, r = (1, 0, -1), pairs mostly
+    (1, 2)  =>  DPO raises the worst response most and has less reward than pi_ref; the optimum of
+    Eq. 3 within the class does not. Eq. 3 and Eq. 7"""
     w, logp = CLASS_WORLD, in_class(dpo_in_class(MOSTLY_FIRST_TWO))
     gain = logp - w.ref_logp
     assert gain[2] > gain[0] > gain[1]
@@ -181,8 +186,8 @@ def test_misspecified_class_can_prefer_the_worse_response_and_lose_reward():
 
 
 def test_minimiser_in_a_misspecified_class_depends_on_the_shares_of_pairs():
-    """Fails without realisability: other shares of the same pairs => another minimiser, here of the
-    opposite sign; over all policies the minimiser is the same. Eq. 7"""
+    """The theorem fails without realisability: other shares of the same pairs => another minimiser,
+    here of the opposite sign; over all policies the minimiser is the same. Eq. 7"""
     assert dpo_in_class(MOSTLY_FIRST_TWO) > 0.1 and dpo_in_class(EVENLY) < -0.1
     batches = [population(UNIFORM, CLASS_WORLD.r, drawn) for drawn in (MOSTLY_FIRST_TWO, EVENLY)]
     assert_same(*(fit(batch, 1.0, UNIFORM) for batch in batches), 1e-6)
@@ -216,7 +221,7 @@ def test_dpo_wins_where_the_reward_class_is_misspecified():
 
 def test_both_ways_agree_where_the_classes_are_equal():
     """Rewards {beta log pi / pi_ref} of the policies in the class => Eq. 2 with Eq. 3 and DPO find
-    the same policy, misspecified or not. Eq. 2, 3 and 7"""
+    the same policy, although the class is misspecified. Eq. 2, 3 and 7"""
     for drawn in (MOSTLY_FIRST_TWO, EVENLY):
         r = reward_fit(PHI[:, None], drawn)
         assert_same(best_in_class(r), dpo_in_class(drawn), 1e-6)
@@ -293,7 +298,7 @@ def test_proxy_reward_first_helps_and_then_hurts():
 
 
 @given(seed=seeds, N=st.integers(2, 8), d=st.integers(1, 5), beta=betas)
-def test_chosen_response_moves_with_its_features_against_the_policys_mean(seed, N, d, beta):
+def test_chosen_response_moves_by_its_features_relative_to_their_mean(seed, N, d, beta):
     """log pi = log softmax(phi theta) => along DPO's descent, d log pi_w = beta s(-z) <phi_w - E_pi
     phi, phi_w - phi_l>. Section 4's gradient"""
     phi = uniform((N, d), -2.0, 2.0, seed)

@@ -2,6 +2,8 @@
 
 Every response of the model can be listed. An expectation over responses is therefore a sum, and
 "unbiased" is an equation without a standard error.
+
+s is the logistic function, and the tilt is the optimal policy of Eq. 4.
 """
 
 from dataclasses import replace
@@ -81,7 +83,7 @@ def test_token_rewards_sum_to_the_integrand_of_the_objective(x):
 
 
 @given(seed=seeds, lam=lams)
-def test_gae_is_its_definition(seed, lam):
+def test_gae_matches_its_definition(seed, lam):
     """A_t = sum_k lam^k delta_{t+k}, delta_t = r_t + V_{t+1} - V_t, and V = 0 after the end"""
     x = [1, 0]
     mask, r, V_ = drawn_tokens(x, seed, length=6)
@@ -225,9 +227,9 @@ def test_reward_loss_is_equation_2():
     assert_same(ppo.pair_accuracy(r_phi, batch, batch_size=3), expected)
 
 
-def test_fitted_reward_orders_pairs_and_is_the_best_one_evaluated():
-    """A learnable reward  =>  learned. Of all evaluations, four per epoch, the best is returned,
-    even if the run before or after it diverges"""
+def test_fitted_reward_orders_pairs_even_if_another_run_diverges():
+    """A learnable reward  =>  learned. Four evaluations per epoch; a good r_phi is returned even if
+    the run before or after it diverges"""
     ascending = sorted(responses([0]), key=lambda y: y.count(1))
     found = [
         {"prompt": n, "x": [0], "y_w": y_w, "y_l": y_l, "weight": 1.0}
@@ -376,7 +378,7 @@ def test_policy_learns_only_after_the_warmup_of_the_critic():
 
 
 def test_frozen_blocks_and_embeddings_stay_those_of_pi_ref():
-    """frozen = 1  =>  of pi_theta, only the last LayerNorm and blocks after the first move"""
+    """frozen = 1, in a model of one block  =>  of pi_theta, only the last LayerNorm moves"""
     config = replace(LONG, iterations=2, batch_size=8, frozen=1)
     pi_theta, _ = train(config)
     before = gpt(0).state_dict()

@@ -1,4 +1,5 @@
-"""Eq. 1, 2 and 18 to 20, Definition 1 and Lemma 1: preferences from rewards."""
+"""Eq. 1, 2 and 18 to 20, Definition 1 and Lemma 1: preferences from rewards. s is the logistic
+function."""
 
 import math
 from itertools import permutations
@@ -126,7 +127,7 @@ def test_plackett_luce_sums_to_one_over_all_rankings(plackett_luce, w):
 
 @mistake("the denominators are not those of the responses that are left", None, "j >= k in Eq. 18")
 @given(r=rewards)
-def test_plackett_luce_chooses_the_best_of_those_that_are_left(plackett_luce, r):
+def test_plackett_luce_chooses_among_those_that_are_left(plackett_luce, r):
     """p*(ranking) = prod_k exp r_k / sum_{j >= k} exp r_j.  Eq. 18"""
     choices = [(r[k].exp() / r[k:].exp().sum()).item() for k in range(len(r))]
     assert_same(plackett_luce(r), math.log(math.prod(choices)))

@@ -4,14 +4,8 @@ Sympy derives Eq. 4 to 7 and the gradient of Eq. 7 on a generic set of three res
 results are compared with dpo.py, so an error on either side shows.
 """
 
-import math
-from fractions import Fraction
-from itertools import permutations
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from worlds import assert_same, number
 
@@ -127,17 +121,3 @@ def test_appendix_a4_as_printed_is_not_the_gradient_of_eq_7():
     assert is_zero(eq_21_as_printed - beta * sigma(beta * h))
     assert not is_zero(eq_21_as_printed - right)
     assert sympy.solve(sympy.Eq(last_line_as_printed, right), h) == [0]
-
-
-# ------------------------------------------------- exact rationals
-
-
-@given(weight=st.lists(st.integers(1, 20), min_size=2, max_size=4))
-def test_rankings_are_exact_rationals(weight):
-    """exp(r_k) integers  =>  the probabilities of the K! rankings sum to exactly 1, and
-    dpo.plackett_luce has each up to rounding.  Eq. 18"""
-    orders, K = list(permutations(weight)), len(weight)
-    exact = [math.prod(Fraction(order[k], sum(order[k:])) for k in range(K)) for order in orders]
-    assert sum(exact) == 1
-    found = dpo.plackett_luce(number(orders).log()).exp()
-    assert_same(found / number([float(p) for p in exact]), torch.ones(len(orders)))

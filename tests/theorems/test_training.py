@@ -102,8 +102,8 @@ def test_step_moves_the_parameters(training_step, seed):
 @mistake("the step raises the loss", 31, "minimise -logsigmoid(r_hat_w - r_hat_l)")
 @given(seed=seeds)
 def test_step_lowers_the_loss(training_step, seed):
-    """A step on one pair of equal lengths  =>  it is along the gradient of log pi(y_w) - log
-    pi(y_l).  Section 4's gradient; pitfall 31"""
+    """A step on one pair of equal lengths  =>  it has a positive component along the gradient of
+    log pi(y_w) - log pi(y_l). Section 4's gradient; pitfall 31"""
     batch = pair_batch(seed, n=1, length=2)
     expected = expected_step(batch, seed)  # a positive multiple of that gradient
     assume(expected.norm() > 1e-3)
@@ -164,7 +164,7 @@ def test_step_follows_the_gradient_of_the_mean_loss(training_step, seed, beta):
 @mistake("the first loss is not ln 2", 13, "start from a copy of the reference, without dropout")
 @given(seed=seeds)
 def test_first_loss_is_ln_2(training_step, seed):
-    """pi_theta = pi_ref  =>  a loss that the step returns is ln 2.  pitfall 13"""
+    """pi_theta = pi_ref  =>  the loss, if the step returns it, is ln 2.  pitfall 13"""
     pi = bigram(seed)
     loss = training_step(pi, bigram(seed), *pair_batch(seed), 0.5, sgd(pi))
     if isinstance(loss, Tensor | float):
@@ -399,7 +399,7 @@ def test_small_steps_move_every_parameter():
 
 
 @given(seed=seeds, beta=betas)
-def test_loss_of_a_pair_is_that_of_its_own_responses_sums(seed, beta):
+def test_loss_of_a_pair_is_eq_7_of_the_sums_over_its_own_responses(seed, beta):
     """Responses of unequal lengths, each computed once and paired by row  =>  each pair's loss is
     Eq. 7 of its own four log pi(y|x), which are sums over tokens.  Eq. 7; pitfall 5"""
     pi, pi_ref, found = bigram(2 * seed), bigram(2 * seed + 1), triplets(seed)

@@ -49,7 +49,8 @@ def assert_at_most(left, right):
 
 
 def assert_frequencies(drawn: list, possible: list, p: Tensor, n: int | None = None):
-    """Each possibility occurs with its probability, within five standard errors, and no other."""
+    """Each possibility occurs with its probability, within five standard errors, and nothing else
+    occurs."""
     n, counts = n or len(drawn), Counter(map(tuple, drawn))
     frequency = number([counts.pop(tuple(y), 0) / n for y in possible])
     assert not counts, f"impossible: {sorted(counts)[:3]}"

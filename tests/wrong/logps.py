@@ -5,7 +5,6 @@ import torch
 from .registry import wrong
 
 SHIFT = "token_is_scored_by_the_logits_before_it"
-SUM = "log_probability_is_a_sum_over_tokens"
 FLOAT32 = "log_probabilities_are_float32_whatever_the_model_computes_in"
 
 
@@ -64,7 +63,7 @@ def sum_over_the_batch(model, ids, mask):
 # ------------------------------------------------- mean instead of sum, pitfall 5
 
 
-@wrong("response_logps", 5, SUM)
+@wrong("response_logps", 5, "log_probability_is_a_sum_over_tokens")
 def mean_over_response_tokens(model, ids, mask):
     return logp(model, ids, mask) / mask.sum(-1)
 
@@ -73,7 +72,7 @@ def mean_over_response_tokens(model, ids, mask):
 
 
 def up_to_the_end(mask):
-    """The prompt, too."""
+    """The mask, extended over the prompt."""
     return mask.flip(-1).int().cummax(-1).values.flip(-1)
 
 

@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from .registry import wrong
 
 RATIO = "loss_depends_on_policy_and_reference_through_their_ratio_alone"
-BETA = "loss_depends_on_beta_times_the_margin_alone"
-SOURCE = "loss_does_not_depend_on_how_the_margin_arises"
 FINITE = "loss_of_a_hopeless_pair_is_finite"
 GRADIENT = "gradient_reaches_both_responses"
 LN_2 = "loss_is_ln_2_where_policy_and_reference_agree"
@@ -46,7 +44,7 @@ def target_margin_left_in(w, l, ref_w, ref_l, beta, gamma=0.5):
     return -F.logsigmoid(beta * margin(w, l, ref_w, ref_l) - gamma)
 
 
-@wrong("dpo_loss", None, SOURCE)
+@wrong("dpo_loss", None, "loss_does_not_depend_on_how_the_margin_arises")
 def fine_tuning_term_added(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * margin(w, l, ref_w, ref_l)) + 0.5 * (ref_w - w + 1)
 
@@ -92,7 +90,7 @@ def divided_by_beta(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(margin(w, l, ref_w, ref_l) / beta)
 
 
-@wrong("dpo_loss", 22, BETA)
+@wrong("dpo_loss", 22, "loss_depends_on_beta_times_the_margin_alone")
 def beta_forgotten(w, l, ref_w, ref_l, beta):
     return -F.logsigmoid(margin(w, l, ref_w, ref_l))
 
@@ -211,7 +209,7 @@ def softmax_of_each(r):
     return r.log_softmax(-1).sum(-1)
 
 
-@wrong("plackett_luce", None, "plackett_luce_chooses_the_best_of_those_that_are_left")
+@wrong("plackett_luce", None, "plackett_luce_chooses_among_those_that_are_left")
 def worst_first(r):
     return (r - r.logcumsumexp(-1)).sum(-1)
 

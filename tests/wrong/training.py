@@ -12,9 +12,7 @@ from model import GPT, GPTConfig
 from .logps import logp, per_token
 from .registry import wrong
 
-MOVES = "step_moves_the_parameters"
 GRADIENT = "step_follows_the_gradient_of_the_mean_loss"
-ACCUMULATED = "micro_batches_make_the_step_of_the_whole_batch"
 FREQUENCIES = "sampled_frequencies_are_the_enumerated_probabilities"
 
 
@@ -38,7 +36,7 @@ def descend(loss, optimizer):
 # ------------------------------------------------- one step
 
 
-@wrong("training_step", 13, MOVES)
+@wrong("training_step", 13, "step_moves_the_parameters")
 def gradient_zeroed_after_backward(model, reference, ids_w, mask_w, ids_l, mask_l, beta, optimizer):
     loss_of(model, reference, ids_w, mask_w, ids_l, mask_l, beta).mean().backward()
     optimizer.zero_grad()
@@ -90,7 +88,7 @@ def mean_inside_the_sigmoid(model, reference, ids_w, mask_w, ids_l, mask_l, beta
     descend(-F.logsigmoid(beta * (h - ref_h.detach()).mean()), optimizer)
 
 
-@wrong("accumulated_step", 19, ACCUMULATED)
+@wrong("accumulated_step", 19, "micro_batches_make_the_step_of_the_whole_batch")
 def micro_batches_not_divided(model, reference, micro_batches, beta, optimizer):
     optimizer.zero_grad()
     for micro_batch in micro_batches:
