@@ -14,6 +14,12 @@ commands() { # a line for each run: the name of its folder, and the arguments of
         echo figure2-imdb-argmax-$seed -m beyond.figure2 --data imdb --labels argmax --seed $seed \
             --beta 2.6 2.05 1.62 1.28 1 0.78 0.61 0.47 0.37 0.29 \
             --ppo-beta 4.3 3.3 2.5 1.9 1.45 1.1 0.73 0.48 0.27
+        # PPO with four times as many samples
+        echo figure2-imdb-long-$seed -m beyond.figure2 --data imdb --labels argmax --seed $seed \
+            --methods DPO PPO --beta 2.6 2.05 1.62 1.28 1 \
+            --ppo-beta 3 2.25 1.65 --ppo-iterations 120 --ppo-lr 7.5e-5
+        echo figure2-long-$seed -m beyond.figure2 --seed $seed --methods DPO PPO \
+            --ppo-iterations 160 --ppo-lr 5e-4
     done
     for seed in 0 1 2; do
         echo imdb-$seed train.py --data imdb --seed $seed --beta 0.1 0.18 0.3 0.55 1 2 \
@@ -33,6 +39,6 @@ commands | xargs -L 1 -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" bash -c \
 for seed in 0 1 2; do
     python -m beyond.judge results/imdb-$seed
 done
-for name in figure2 figure2-imdb-bt figure2-imdb-argmax explain compare ablations; do
+for name in figure2 figure2-long figure2-imdb-bt figure2-imdb-argmax figure2-imdb-long explain compare ablations; do
     python -m beyond.${name%%-*} --summary results/$name-[0-9]   # prints the tables of results/$name.md, draws $name.png
 done
