@@ -17,7 +17,7 @@ commands() { # a line for each run: the name of its folder, and the arguments of
         # PPO with four times as many samples
         echo figure2-imdb-long-$seed -m beyond.figure2 --data imdb --labels argmax --seed $seed \
             --methods DPO PPO --beta 2.6 2.05 1.62 1.28 1 \
-            --ppo-beta 3 2.25 1.65 --ppo-iterations 120 --ppo-lr 7.5e-5
+            --ppo-beta 4 3 2.25 1.65 --ppo-iterations 120 --ppo-lr 7.5e-5
         echo figure2-long-$seed -m beyond.figure2 --seed $seed --methods DPO PPO \
             --ppo-iterations 160 --ppo-lr 5e-4
     done
