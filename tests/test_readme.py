@@ -204,7 +204,7 @@ def frontier_claim(table: str) -> list[str]:
 @pytest.mark.parametrize(
     ("table", "interval"),
     [
-        ("figure2", "by {} nats (95% interval {} to {})"),
+        ("figure2", "by {} nats (95% CI {} to {})"),
         ("figure2-imdb-argmax", "by {} nats ({} to {})"),
     ],
 )
