@@ -203,10 +203,7 @@ def frontier_claim(table: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("table", "interval"),
-    [
-        ("figure2", "by {} nats (95% CI {} to {})"),
-        ("figure2-imdb-argmax", "by {} nats ({} to {})"),
-    ],
+    [("figure2", "by {} nats (95% CI {} to {})"), ("figure2-imdb-argmax", "by {} nats ({} to {})")],
 )
 def test_the_difference_from_ppo_is_that_of_its_results(table, interval):
     """README.md, on the toy dataset and on IMDb with argmax labels"""
