@@ -206,7 +206,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """train.py's settings with other defaults, so that all methods run in about ten minutes."""
+    """train.py's settings with other defaults, so that all methods run in three to ten minutes."""
 
     loss: str = "dpo"  # no flag, like the next three
     loss_args: tuple = ()

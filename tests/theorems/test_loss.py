@@ -48,7 +48,7 @@ def test_gradient_reaches_both_responses(dpo_loss, p):
 @given(z=st.integers(100, 20_000).map(float))
 def test_loss_of_a_hopeless_pair_is_finite(dpo_loss, z):
     """z >= 100  =>  the loss at beta h = -z is finite, although s(-z) may underflow. If the loss at
-    beta h = -5 is that of Eq. 7, it is z.  pitfall 15"""
+    beta h = -5 is that of Eq. 7, the loss at beta h = -z is z. pitfall 15"""
     loss = at_margin(dpo_loss, -z, 1.0)
     assert torch.isfinite(loss).all(), f"the loss at beta h = {-z} is {loss.item()}"
     near = at_margin(dpo_loss, -5.0, 1.0).double()
