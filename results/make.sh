@@ -28,6 +28,7 @@ commands() { # a line for each run: the name of its folder, and the arguments of
             echo $module-$seed -m beyond.$module --seed $seed
         done
     done
+    echo toy-six-0 train.py --beta 0.35 0.5 0.7 1 1.4 2 # the README's figure
     for seed in 0 1 2 3 4 5 6 7 8 9; do
         echo toy-$seed train.py --seed $seed
         echo four-toy-$seed train.py --seed $seed --completions 4 --prompts 4000 --batch-size 64

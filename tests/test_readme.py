@@ -152,6 +152,11 @@ def test_the_processor_makes_the_stated_difference():
     assert f"at most {np.abs(np.subtract(*kinds)).max():.3f}" in text
 
 
+def test_the_figure_shows_six_betas():
+    (path,) = re.findall(r"!\[.*six values of beta.*\]\((.*)figure.png\)", README)
+    assert len(json.loads(read(path + "results.json"))["points"]) == 6
+
+
 def test_example_output_is_that_of_the_first_result():
     assert page.summary(results("toy")[0]) in README
 

@@ -312,7 +312,7 @@ def test_sampled_frontier_is_the_optimal_policy_on_the_samples(frontier, r, beta
     assert_same(torch.stack(tuple(frontier(r, beta))), torch.stack((w @ r, KL, 1 / (w @ w))))
 
 
-@mistake("E and KL are not C' and l C' - C", None, "w = softmax(r / beta)")
+@mistake("E and KL do not follow from log E_ref exp(r / beta)", None, "w = softmax(r / beta)")
 @given(r=samples, beta=betas)
 def test_frontier_comes_from_the_cumulant_generating_function(frontier, r, beta):
     """l = 1 / beta, C(l) = log E_ref e^{l r}  =>  E* = C'(l) and KL* = l C' - C.  Eq. 4"""
